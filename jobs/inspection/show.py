@@ -132,14 +132,15 @@ def _neighbors(row: DatasetRow) -> dict[str, list[dict[str, Any]]]:
 
 
 def _keys(database: Dataset, rows: list[int]) -> dict[int, dict[str, str]]:
-    """Key and caption of some global rows. Rows of a removed database are left out."""
+    """Key, caption and name of some global rows. Rows of a removed database are left out."""
     keys: dict[int, dict[str, str]] = {}
     offset = 0
     for record in database.manifest("shards")["items"] if database.is_sealed("shards") else ():
         here = [row for row in rows if offset <= row < offset + record["samples"]]
-        cells = metadata(database, record, ["key", "caption"]) if here else []
-        keys |= {row: {"key": cells[row - offset]["key"], "caption": cells[row - offset]["caption"] or ""}
-                 for row in here}
+        cells = metadata(database, record, ["key", "caption", "url"]) if here else []
+        keys |= {row: {"key": cell["key"], "caption": cell["caption"] or "",
+                       "name": lookup.row_name(cell["caption"] or "", cell.get("url") or "", row)}
+                 for row in here for cell in [cells[row - offset]]}
         offset += record["samples"]
     return keys
 
@@ -167,8 +168,8 @@ def row_text(document: dict[str, Any]) -> str:
                                      "kept" if entry.get("kept") else "left out"] for entry in document["ledger"]],
                                    head=("stage", "reason", "detail", "")))
     for label, neighbors in document.get("neighbors", {}).items():
-        rows = [[f"{near['score']:.3f}", near.get("key", str(near["row"])), near.get("caption", "")]
+        rows = [[f"{near['score']:.3f}", near.get("key", str(near["row"])), near.get("name", "")]
                 for near in neighbors[:_NEIGHBORS]]
         parts.append(f"{format_count(len(neighbors), 'neighbor')} in {label}\n"
-                     + tables.render(rows, head=("score", "key", "caption"), right={0}, whole={1}))
+                     + tables.render(rows, head=("score", "key", "name"), right={0}, whole={1}))
     return "\n\n".join(parts)

@@ -8,7 +8,6 @@ from markupsafe import Markup
 
 from jobs.report.charts import histogram
 from jobs.report.collect import RootContents
-from jobs.report.names import row_name
 from jobs.report.render import Album, InlineImage, render
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset, file_of
@@ -37,7 +36,7 @@ def neighbors(root: RootContents, dataset: Dataset, label: str, album: Album) ->
     wanted = dict.fromkeys(int(row) for row in ids.T.ravel() if row >= 0)
     samples = {sample.row: sample for sample in lookup.samples(
         database, sorted(_affordable(root, database, list(wanted))))}
-    queries = [{"image": _thumbnail(query, album), "caption": _name(query),
+    queries = [{"image": _thumbnail(query, album), "caption": query.name,
                 "neighbors": [_neighbor(int(row), float(score), samples, album)
                               for row, score in zip(row_ids, row_scores, strict=True)]}
                for query, row_ids, row_scores in zip(lookup.samples(dataset, rows), ids, scores, strict=True)]
@@ -84,7 +83,7 @@ def contact_sheet(root: RootContents, dataset: Dataset, album: Album) -> Markup 
     if manifest is None:
         return None
     rows = _affordable(root, dataset, spread_rows([record["samples"] for record in manifest["items"]], SHEET))
-    cells = [(_thumbnail(sample, album), _name(sample)) for sample in lookup.samples(dataset, rows)]
+    cells = [(_thumbnail(sample, album), sample.name) for sample in lookup.samples(dataset, rows)]
     return render("contact_sheet.html", dataset=dataset.label, cells=cells, total=manifest["totals"]["samples"],
                   changed=root.changed_inputs(dataset.path("shards")),
                   sources=_sources(manifest["info"].get("sources"), dataset))
@@ -151,9 +150,5 @@ def _affordable(root: RootContents, dataset: Dataset, rows: list[int]) -> list[i
 
 
 def _thumbnail(sample: Sample, album: Album, more: str = "") -> InlineImage:
-    title = f"{_name(sample)}\nkey {sample.key}, row {sample.row}{more}"
-    return album.thumbnail(sample.picture, _name(sample), title)
-
-
-def _name(sample: Sample) -> str:
-    return row_name(sample.caption, sample.url, sample.row)
+    title = f"{sample.name}\nkey {sample.key}, row {sample.row}{more}"
+    return album.thumbnail(sample.picture, sample.name, title)

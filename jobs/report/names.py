@@ -1,18 +1,13 @@
 """The names of rows for people: the caption, or the file that an image came from."""
 
 from collections.abc import Iterable
-from urllib.parse import unquote
 
 from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.lookup import row_name
 from pipeline.datasets.metadata import metadata
 
 MOST_SEARCHED_BYTES = 64 << 20
 """Bytes of metadata that are searched for captions or keys, per dataset."""
-
-
-def row_name(caption: str, url: str, row: int) -> str:
-    """The caption of a row, else its file name, else its number."""
-    return caption or unquote(url.rstrip("/").rpartition("/")[2]) or f"row {row}"
 
 
 def names_of_keys(dataset: Dataset, keys: Iterable[str]) -> dict[str, str]:

@@ -66,6 +66,11 @@ class Match:
         return self.sample.caption
 
     @property
+    def name(self) -> str:
+        """The caption of the sample, else its file name."""
+        return self.sample.name
+
+    @property
     def distance(self) -> float:
         """The cosine distance, from 0 to 2."""
         return 1 - self.score
@@ -77,7 +82,8 @@ class Match:
     def document(self) -> dict[str, Any]:
         """The match as JSON."""
         return {"database": self.database.label, "key": self.sample.key, "row": self.sample.row,
-                "score": round(self.score, 4), "caption": self.sample.caption, "sha256": self.sample.sha256}
+                "score": round(self.score, 4), "caption": self.sample.caption,
+                "name": self.sample.name, "sha256": self.sample.sha256}
 
 
 def search_databases(databases: Sequence[Dataset], query: SearchQuery, encoder: ClipConfig, count: int) -> list[Match]:
@@ -138,17 +144,17 @@ def _find_sample(known: dict[str, Dataset], first: Dataset, text: str) -> tuple[
 
 def matches_table(matches: Sequence[Match]) -> str:
     """The matches as a table for people."""
-    return tables.render([[f"{match.score:.3f}", match.database.label, match.sample.key, match.sample.caption]
-                          for match in matches], head=("score", "database", "key", "caption"), right={0},
+    return tables.render([[f"{match.score:.3f}", match.database.label, match.sample.key, match.sample.name]
+                          for match in matches], head=("score", "database", "key", "name"), right={0},
                          whole={1, 2})
 
 
 def save_sheet(matches: Sequence[Match], out: Path) -> None:
-    """Write a contact sheet of the matches, with score, key and caption below each image."""
+    """Write a contact sheet of the matches, with score, key and name below each image."""
     if not matches:
         raise ValueError("no image was found, so there is no contact sheet to write")
     images = [match.image() for match in matches]
-    labels = [f"{match.score:.3f} {match.sample.key}\n{match.sample.caption}" for match in matches]
+    labels = [f"{match.score:.3f} {match.sample.key}\n{match.sample.name}" for match in matches]
     sheet = contact_sheet(images, min(_COLUMNS, len(images)), labels=labels, cell=_CELL, label_lines=3)
     data = io.BytesIO()
     sheet.save(data, "PNG")

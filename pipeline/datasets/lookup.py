@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -30,6 +31,16 @@ class Sample:
     picture: bytes
     sha256: str
     url: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name for people, see `row_name`."""
+        return row_name(self.caption, self.url, self.row)
+
+
+def row_name(caption: str, url: str, row: int) -> str:
+    """The caption of a row, else its file name, else its number."""
+    return caption or unquote(url.rstrip("/").rpartition("/")[2]) or f"row {row}"
 
 
 def samples(dataset: Dataset, rows: Sequence[int]) -> list[Sample]:

@@ -128,3 +128,9 @@ def test_without_right_positions_the_whole_tar_is_read(
     sample, = lookup.samples(copy, [412])
     assert (sample.key, sample.picture) == expected[412]
     assert hashlib.sha256(sample.picture).hexdigest() == sample.sha256
+
+
+def test_a_sample_without_caption_has_the_name_of_its_file(large: Dataset) -> None:
+    assert [sample.name for sample in lookup.samples(large, [7, 899])] == ["0007.png", "0899.png"]
+    assert lookup.row_name("", "https://site.org/a%20tree.jpg/", 3) == "a tree.jpg"
+    assert (lookup.row_name("a tree", "b.png", 3), lookup.row_name("", "", 3)) == ("a tree", "row 3")
