@@ -2,10 +2,10 @@
 
     python tests/bench/dashboard.py [--subjects 400] [--steps 800] [--work FOLDER] [--out FILE]
 
-`rebuild` publishes a corpus that the program draws, a share of it broken, as v1 of a database; a run is trained on it;
-then there are more images, and `rebuild` publishes v2: all of that on a Ray cluster of this machine. Prometheus (it
-must be installed) scrapes Ray and `status --serve` as infra/prometheus says, only more often. Then each query of
-infra/grafana/rdm.json is asked for the whole time, and drawn where Grafana has the panel.
+The script starts a Ray cluster on this machine. `rebuild` publishes a synthetic corpus as v1 of a database; some of its
+files are broken. A run is trained on it. Then images are added, and `rebuild` publishes v2. Prometheus, which must be
+installed, scrapes Ray and `status --serve` as infra/prometheus says, only more often. At the end the script sends each
+query of infra/grafana/rdm.json for the whole time, and plots the answer at the place of Grafana's panel.
 """
 
 import argparse
@@ -36,7 +36,7 @@ _COLOURS = ("#73bf69", "#f2cc0c", "#5794f2", "#ff9830", "#f2495c", "#b877d9", "#
 
 
 def corpus(work: Path, subjects: int) -> Path:
-    """Drawn images of so many subjects in six styles, a share of the files cut short."""
+    """Synthetic images of `subjects` subjects in six styles; some of the files are cut short."""
     from pipeline.corpora.config import DemoCorpusConfig
     from pipeline.corpora.demo_corpus import DemoCorpus
     from pipeline.stages.driver import run_stage

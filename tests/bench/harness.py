@@ -56,7 +56,8 @@ def environment(work: Path, name: str, *packages: str) -> Path:
     else:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
-        # Where Python may not write, every process would compile them again; files for other versions do not compile.
+        # If Python cannot write to the folder, every process would compile the modules again. Some files are for other
+        # versions of Python and do not compile, so errors are ignored.
         subprocess.run([str(python), "-m", "compileall", "-q", str(folder / "lib")], stdout=subprocess.DEVNULL,
                        stderr=subprocess.DEVNULL)
     ready.write_text(json.dumps(packages))

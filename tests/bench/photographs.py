@@ -1,10 +1,11 @@
-"""JPEGs with the statistics of photographs, drawn by the program: no measurement needs a download.
+"""Synthetic JPEGs with the statistics of photographs, so that no measurement needs a download.
 
     python tests/bench/photographs.py [--work FOLDER] [--count 400]
 
-Equal power in every octave of detail (as natural images have it), objects with sharp and soft edges, texture,
-gradients, grain; 1 to 2 megapixels, a third upright, 4:2:0, quality 85 to 92, 250 to 450 kB. The grain is set such
-that the file gets its size. The same seed gives the same images with the same versions of numpy and Pillow.
+Every octave of detail has equal power, as in natural images. There are objects with sharp and soft edges, texture,
+gradients and grain. The images have 1 to 2 megapixels, a third of them upright, 4:2:0, quality 85 to 92, 250 to 450 kB.
+The amount of grain is chosen to reach the file size. The same seed gives the same images with the same versions of
+numpy and Pillow.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def photograph(seed: int, number: int) -> bytes:
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     ramp = (x * np.cos(angle) + y * np.sin(angle)) / max(width, height)
-    # Each object has a color, a roughness and a pattern of its own; the background is object 0.
+    # Each object has its own color, roughness and pattern; the background is object 0.
     colour = rng.uniform(50, 205, (objects, 3)).astype(np.float32)
     colour += 0.6 * (colour.mean(axis=1, keepdims=True) - colour)  # the world is greyer than chance
     rough = rng.uniform(4, 22, objects).astype(np.float32)
@@ -151,14 +152,14 @@ def fill_folder(work: Path, count: int) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", default="", help="folder of the pictures; default: rdm-bench in the temporary folder")
+    parser.add_argument("--work", default="", help="folder of the images; default: rdm-bench in the temporary folder")
     parser.add_argument("--count", type=int, default=COUNT)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     paths = make(work_folder(args.work), args.count, args.seed)
     sizes = np.array([path.stat().st_size for path in paths]) / 1e3
     pixels = np.array([math.prod(Image.open(path).size) for path in paths]) / 1e6
-    print(f"{len(paths)} pictures in {paths[0].parent}: {sizes.min():.0f} to {sizes.max():.0f} kB, "
+    print(f"{len(paths)} images in {paths[0].parent}: {sizes.min():.0f} to {sizes.max():.0f} kB, "
           f"mean {sizes.mean():.0f}; {pixels.min():.2f} to {pixels.max():.2f} megapixels, mean {pixels.mean():.2f}")
     return 0
 

@@ -1,17 +1,19 @@
-"""What `python -m jobs plan` foretells, beside what it takes; and the rates that come along with it.
+"""Compare the estimates of `python -m jobs plan` with measured times; measure the rates that are bundled with it.
 
     python tests/bench/plan.py [--images 2000] [--times 3] [--work FOLDER]
     python tests/bench/plan.py --vectors 60000 [--each 20] [--times 3]
     python tests/bench/plan.py --rates jobs/rates.json
 
-The first runs all stages on a drawn corpus, takes the rates from its manifests, foretells a corpus `--times` as large,
-runs that, and prints the seconds of both, stage by stage. Exit 1 if the sum over the stages that took more than two
-seconds is off by more than a quarter. The second does that for the two searches alone, of a sample for each twenty
-(`--each`) of so many made vectors, and wants both within a quarter. The third measures on photographs, a ViT-B-32 with
-random weights, made vectors and a middle-sized network, and writes the file that stands for other people's machines.
+1. Runs all stages on a synthetic corpus and takes the rates from its manifests. Estimates a corpus `--times` as large,
+   runs it, and prints the seconds of both for each stage. Exit 1 if the sum over the stages of more than two seconds
+   is off by more than a quarter.
+2. Does that only for the two searches among `--vectors` synthetic vectors, with a query for each twenty (`--each`).
+   Exit 1 if one of the two is off by more than a quarter.
+3. Measures with photographs, a ViT-B-32 with random weights, synthetic vectors and a middle-sized network. Writes the
+   file of rates for machines that have measured nothing.
 
-Both run in one process on one core, and count its processor's seconds: those of the clock, times the share of the core
-that a stage got, for what else the machine does comes and goes.
+The first two run in one process on one core and count processor seconds: the clock's seconds times the share of the
+core that the stage got. So other load on the machine changes the figures little.
 """
 
 import argparse
@@ -80,7 +82,7 @@ def timed(shares: Shares, name: str, act: Callable[[], Any]) -> None:
 
 
 def build(root: Path, pictures: int, settings: Settings) -> Shares:
-    """All stages on so many drawn images, one after another in this process, neighbors in both ways."""
+    """All stages on synthetic images, one after another in this process; both kinds of neighbor search."""
     shutil.rmtree(root, ignore_errors=True)
     demo_corpus = DemoCorpus(str(root), DemoCorpusConfig(corpus="drawn", subjects=-(-pictures // 6)), root / "cache")
     run_stage(demo_corpus)
@@ -120,10 +122,10 @@ def predicted_seconds(known: Rates, pictures: int, settings: Settings) -> dict[s
 
 
 def compare(work: Path, pictures: int, times: int) -> int:
-    """Foretell, run, and say how far off it was."""
-    # An index with lists, for one without is searched like all rows.
+    """Estimate all stages, run them, and print how far off the estimate was."""
+    # An index with lists: an index without lists is searched like all rows.
     base, shares = replace(tiny(), index=IndexConfig(key="IVF64,SQ8"), neighbors=NeighborsConfig(probes=4)), {}
-    # First a few, for a process loads its libraries once, at seconds each.
+    # A small build comes first, because a process loads its libraries only once, and that takes seconds.
     for name, size in (("first", 120), ("small", pictures), ("large", pictures * times)):
         steps = max(_LOG_EVERY, size // 20 // _LOG_EVERY * _LOG_EVERY)
         settings = replace(base, train=replace(base.train, steps=steps, checkpoint_every=steps, log_every=_LOG_EVERY))
@@ -133,23 +135,23 @@ def compare(work: Path, pictures: int, times: int) -> int:
     known = rates_from_manifests.rates(str(work / "small"), rates.built_in())
     predicted = {name: predicted_s * shares["small"][name]
                  for name, predicted_s in predicted_seconds(known, count, settings).items()}
-    print(f"{machine()}; {pictures} pictures, then {count}; processor seconds\n")
-    print("| stage | small | foretold | took | foretold / took | share of the core |\n"
+    print(f"{machine()}; {pictures} images, then {count}; processor seconds\n")
+    print("| stage | small | estimate | took | estimate / took | share of the core |\n"
           "| --- | --: | --: | --: | --: | --: |")
     for name in actual:
         print(f"| {name} | {small[name]:.2f} | {predicted[name]:.2f} | {actual[name]:.2f} "
               f"| {predicted[name] / actual[name]:.2f} | {shares['small'][name]:.2f}, {shares['large'][name]:.2f} |")
     counted = [name for name in actual if actual[name] > _LEAST_S]
     if not counted:
-        print(f"\nno stage took {_LEAST_S} s\nhint: more --pictures", file=sys.stderr)
+        print(f"\nno stage took {_LEAST_S} s\nhint: more --images", file=sys.stderr)
         return 1
     ratio = sum(predicted[name] for name in counted) / max(sum(actual[name] for name in counted), 1e-9)
-    print(f"\nsum of {', '.join(counted)}: foretold / took = {ratio:.2f}")
+    print(f"\nsum of {', '.join(counted)}: estimate / took = {ratio:.2f}")
     return 0 if abs(ratio - 1) <= _MOST_OFF else 1
 
 
 def search(root: Path, rows: int, each: int, settings: Settings) -> dict[str, float]:
-    """Processor seconds of both searches for the neighbors of a few samples among so many made vectors."""
+    """Processor seconds of both searches for the neighbors of a share, 1 / `each`, of `rows` synthetic vectors."""
     shutil.rmtree(root, ignore_errors=True)
     size, encoder = settings.shard.samples_per_shard, {"model": "given", "weights_sha256": "00", "dim": _DIM}
     parts = [synthetic.clustered(size, _DIM, clusters=100, seed=number, spread=0.8) for number in range(rows // size)]
@@ -164,7 +166,7 @@ def search(root: Path, rows: int, each: int, settings: Settings) -> dict[str, fl
 
 
 def compare_searches(work: Path, rows: int, each: int, times: int) -> int:
-    """Foretell both searches, run them, and say how far off each was."""
+    """Estimate both searches, run them, and print how far off each estimate was."""
     base = tiny()
     settings = replace(base, shard=replace(base.shard, samples_per_shard=1000), neighbors=NeighborsConfig(probes=8),
                        index=IndexConfig(key="IVF256,SQ8", max_memory="100Gi", queries=200))
@@ -177,10 +179,10 @@ def compare_searches(work: Path, rows: int, each: int, times: int) -> int:
     planned = replace(before, pictures=rows // each * times, rows=rows * times)
     print(f"{machine()}; {before.pictures} samples among {rows} x {_DIM}, then {planned.pictures} among "
           f"{planned.rows}; processor seconds\n")
-    print("| stage | small | foretold | took | foretold / took |\n| --- | --: | --: | --: | --: |")
+    print("| stage | small | estimate | took | estimate / took |\n| --- | --: | --: | --: | --: |")
     worst = 0.0
     for name, cost in (("neighbors, index", neighbors_index), ("neighbors, exact", neighbors_exact)):
-        # The rates are by the clock: the small run foretells itself, and the large one is so many times as much.
+        # Rates come from the clock, so the estimate is the small run's processor seconds times the ratio of the costs.
         predicted_s = small[name] * cost(planned, known).worker_seconds / cost(before, known).worker_seconds
         worst = max(worst, abs(predicted_s / actual[name] - 1))
         print(f"| {name} | {small[name]:.2f} | {predicted_s:.2f} | {actual[name]:.2f} "
@@ -241,10 +243,10 @@ def _of_the_processor(known: Rates, shares: Shares) -> Rates:
 
 
 def _vectors(root: Path, shares: Shares) -> None:
-    """A database of made vectors with an index in parts, as tens of millions have, and both searches.
+    """A database of synthetic vectors with an index in parts, as tens of millions have, and both searches.
 
-    By list those with a smaller index: of so many lists each would have less than a tenth of the rows that it has in a
-    large one.
+    The search by list uses a smaller index. With the lists of the large index each list would have less than a tenth of
+    the rows that it has there.
     """
     choose_key(20_000_000, _DIM, IndexConfig())  # loads what loads once
     encoder = {"model": "given", "weights_sha256": "00", "dim": _DIM}
@@ -252,8 +254,8 @@ def _vectors(root: Path, shares: Shares) -> None:
     parts = [vectors[start:start + 10_000] for start in range(0, _ROWS, 10_000)]
     database, searched = (synthetic.vector_dataset(root, name, vector_parts, encoder=encoder)
                           for name, vector_parts in (("vectors", parts), ("searched", parts[:-1])))
-    # Without a rotation, so that nearly all of the training is the clustering, as it is with tens of millions;
-    # autofaiss takes such a kind for a larger one than it is.
+    # No rotation: then clustering is nearly all of the training, as it is with tens of millions. autofaiss estimates a
+    # larger size for this kind than it has, hence the large limit of memory.
     config = IndexConfig(key=_KEY, max_memory="100Gi", part_memory="64Mi", train_points=100_000, queries=200,
                          target_recall=0.4)
     timed(shares, "index", lambda: build_index(Index(database, config), run_stage))
@@ -283,7 +285,7 @@ def _rounded(values: dict) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--vectors", type=int, default=0, help="the searches alone, among so many made vectors")
     parser.add_argument("--each", type=int, default=20, help="with --vectors: vectors of the database for each sample")
@@ -301,7 +303,7 @@ def main() -> int:
         return default_rates(work, Path(args.rates))
     if args.vectors:
         return compare_searches(work, args.vectors, args.each, args.times)
-    return compare(work, args.pictures, args.times)
+    return compare(work, args.images, args.times)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A web server of photographs that costs next to nothing, so that what is measured is who downloads.
+"""A web server of photographs that costs next to nothing, so that a measurement shows the cost of the downloader.
 
     python tests/bench/server.py [--port 8000] [--no-keep-alive] [--measure]
 
-/NNNNNN.jpg is image NNNNNN modulo the number of images, with NNNNNN in a comment segment: every address has bytes
-of its own. Any other path is 404. Images lie in memory, and the kernel sends them from there without a copy; of
-a request only the path is read. The server ends when its standard input does.
+/NNNNNN.jpg is image NNNNNN modulo the number of images, with NNNNNN in a comment segment, so the bytes of every URL
+differ. Any other path is 404. The images are in memory, and the kernel sends them from there without a copy. The server
+reads only the path of a request. It ends when its standard input does.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class _Picture(NamedTuple):
 
 
 class _Connection:
-    """What is left to send on a socket, and what came of a request so far."""
+    """The bytes that remain to be sent on a socket, and the part of a request that has arrived."""
 
     __slots__ = ("closing", "offset", "received", "remaining", "socket", "writing")
 
@@ -133,7 +133,7 @@ class Server:
                 picture = self.pictures[number % len(self.pictures)]
                 head = picture.head + _COMMENT % number
                 connection.offset, connection.remaining = picture.offset, picture.bytes
-                # Whoever asks has read the answer before: there is room for the head.
+                # A client has read the previous answer before it sends a request, so the buffer has room for the head.
                 connection.socket.send(head, socket.MSG_MORE)
                 self.sent += picture.bytes + len(head)
                 self._send(connection)
@@ -229,7 +229,7 @@ def _measure(work: Path, requests: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", default="", help="folder of the pictures; default: rdm-bench in the temporary folder")
+    parser.add_argument("--work", default="", help="folder of the images; default: rdm-bench in the temporary folder")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     parser.add_argument("--no-keep-alive", action="store_true", help="close every connection after one answer")
     parser.add_argument("--measure", action="store_true", help="say what a request costs, and end")
@@ -238,7 +238,7 @@ def main() -> int:
     if args.measure:
         _measure(work, 5000)
         return 0
-    # Thousands of connections may wait at once.
+    # Thousands of connections may wait at the same time.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     server = Server(photographs.make(work), args.port, not args.no_keep_alive)

@@ -1,11 +1,11 @@
-"""Images per second, memory, CPU and quality from a list of addresses to tars, beside img2dataset.
+"""Images per second, memory, CPU and quality from a list of URLs to tars, compared with img2dataset.
 
     python tests/bench/data/download.py [--images 20000] [--repeats 3] [--work FOLDER]
 
-Both read the same parquet list from the same web server (server.py), make the short side 256 pixels long, and write
-JPEG 95 into tars of 1,000. img2dataset runs with its defaults otherwise, in two processes, with the number of threads
-that was best on a short list. The runs take turns; each begins with an empty folder. Prints a Markdown table of
-medians; every run is in download.json in the work folder. Exit 1 if an image is missing anywhere.
+Both read the same parquet list and download from the same web server (server.py). Both make the short side 256 pixels
+long, and write JPEG 95 into tars of 1,000. img2dataset runs in two processes, with the number of threads that was best
+on a short list, and otherwise with its defaults. The runs take turns; each begins with an empty folder. Prints a
+Markdown table of medians; download.json in the work folder has every run. Exit 1 if an image is missing anywhere.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Result:
 
 
 def write_list(path: Path, urls: list[str]) -> Path:
-    """A parquet list of addresses with a caption each."""
+    """A parquet list of URLs with a caption each."""
     captions = [f"a photograph, number {number}" for number in range(len(urls))]
     pq.write_table(pa.table({"url": urls, "caption": captions}), path)
     return path
@@ -110,10 +110,10 @@ def pictures_of(folder: Path) -> dict[str, bytes]:
 
 
 def quality(folder: Path, work: Path, pictures: int, sample: int = 200) -> dict[str, Any]:
-    """Number of images in the tars, mean bytes, and for some of them the distance to the best that could be.
+    """Number of images in the tars, their mean bytes, and for a sample of them the distance to the reference.
 
-    The reference is the whole image decoded and resized to the same size, not encoded again; with Lanczos, and as
-    a second one with area averaging, for img2dataset shrinks with that.
+    The reference is the image decoded at full size and resized to the same size, without a JPEG of it. Lanczos makes
+    the first reference. Area averaging makes the second one, because img2dataset shrinks with it.
     """
     images, psnr, sampling = pictures_of(folder), {"LANCZOS": [], "BOX": []}, set()
     keys: dict[str, str] = {}
@@ -142,7 +142,7 @@ def best_threads(python: Path, source: Path, work: Path, web: server.Running) ->
     for threads in _THREADS:
         result = peer(python, source, work / "peer", web, threads)
         speeds[threads] = result.pictures / result.work_s
-        print(f"img2dataset with {threads} threads: {speeds[threads]:.1f} pictures/s, {result.peak_mb:.0f} MB",
+        print(f"img2dataset with {threads} threads: {speeds[threads]:.1f} images/s, {result.peak_mb:.0f} MB",
               file=sys.stderr, flush=True)
     return min(threads for threads, speed in speeds.items() if speed > 0.97 * max(speeds.values()))
 
@@ -154,9 +154,9 @@ def table(results: list[Result], quality_by_who: dict[str, dict[str, Any]]) -> s
         ("pictures/s, whole command", ".1f", True, lambda result: result.pictures / result.wall_s),
         ("pictures/s, without start-up", ".1f", True, lambda result: result.pictures / result.work_s),
         ("start-up and end, s", ".1f", False, lambda result: result.wall_s - result.work_s),
-        ("CPU ms a picture", ".2f", True, lambda result: 1e3 * result.cpu_s / result.pictures),
+        ("CPU ms an image", ".2f", True, lambda result: 1e3 * result.cpu_s / result.pictures),
         ("peak memory (PSS), MB", ".0f", True, lambda result: result.peak_mb),
-        ("server's CPU ms a picture", ".2f", False, lambda result: 1e3 * result.server_cpu_s / result.pictures),
+        ("server's CPU ms an image", ".2f", False, lambda result: 1e3 * result.server_cpu_s / result.pictures),
         ("cores busy with something else", ".2f", False, lambda result: result.others_cores)]
     rows = [["", names[0], *(cell for name in names[1:] for cell in (name, "ratio"))]]
     rows.append(["---"] * len(rows[0]))
@@ -169,9 +169,9 @@ def table(results: list[Result], quality_by_who: dict[str, dict[str, Any]]) -> s
                      for name, cell in cells.items()}
         ratios = {name: f"{medians[name] / medians[names[0]]:.2f}" if compared else "" for name in names}
         rows.append([title, cells[names[0]], *(cell for name in names[1:] for cell in (cells[name], ratios[name]))])
-    for title, key in (("PSNR to Lanczos of the whole picture, dB", "psnr_lanczos"),
+    for title, key in (("PSNR to Lanczos of the whole image, dB", "psnr_lanczos"),
                        ("PSNR to its area average, dB", "psnr_area"), ("mean bytes of a JPEG", "bytes"),
-                       ("chroma", "chroma"), ("pictures in the tars", "tars")):
+                       ("chroma", "chroma"), ("images in the tars", "tars")):
         base = quality_by_who[names[0]][key]
         row = [title, str(base)]
         for name in names[1:]:
@@ -184,10 +184,10 @@ def table(results: list[Result], quality_by_who: dict[str, dict[str, Any]]) -> s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=20_000)
+    parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="of img2dataset; default: the best on a short list")
-    parser.add_argument("--no-keep-alive", action="store_true", help="the server closes a connection after one picture")
+    parser.add_argument("--no-keep-alive", action="store_true", help="the server closes a connection after one image")
     parser.add_argument("--only", choices=("peer", "ours"), help="leave the other out")
     parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
     args = parser.parse_args()
@@ -197,8 +197,8 @@ def main() -> int:
     quality_by_who: dict[str, dict[str, Any]] = {}
     try:
         with server.running(work, keep_alive=not args.no_keep_alive) as web:
-            whole = write_list(work / "list.parquet", [web.url(number) for number in range(args.pictures)])
-            short = write_list(work / "short.parquet", [web.url(number) for number in range(min(args.pictures, 2000))])
+            whole = write_list(work / "list.parquet", [web.url(number) for number in range(args.images)])
+            short = write_list(work / "short.parquet", [web.url(number) for number in range(min(args.images, 2000))])
             threads = args.threads
             if args.only != "ours":
                 threads = threads or best_threads(python, short, work, web)
@@ -216,18 +216,18 @@ def main() -> int:
                     results.append(result)
                     print(json.dumps(asdict(result)), file=sys.stderr, flush=True)
                     if result.who not in quality_by_who:
-                        quality_by_who[result.who] = quality(folder, work, args.pictures)
+                        quality_by_who[result.who] = quality(folder, work, args.images)
     except Failed as failure:
         print(failure, file=sys.stderr)
         return 1
-    document = {"machine": machine(), "versions": versions(python), "list": args.pictures,
+    document = {"machine": machine(), "versions": versions(python), "list": args.images,
                 "runs": [asdict(result) for result in results], "found": quality_by_who}
     (work / "download.json").write_text(json.dumps(document, indent=1))
-    print(f"{args.pictures} pictures ({photographs.COUNT} different ones), {args.repeats} runs each in turns"
+    print(f"{args.images} images ({photographs.COUNT} different ones), {args.repeats} runs each in turns"
           f"{', no keep-alive' if args.no_keep_alive else ''}; {machine()}; {versions(python)}\n")
     print(table(results, quality_by_who))
-    incomplete = [result for result in results if result.pictures != args.pictures]
-    incomplete_tars = [who for who, numbers in quality_by_who.items() if numbers["tars"] != args.pictures]
+    incomplete = [result for result in results if result.pictures != args.images]
+    incomplete_tars = [who for who, numbers in quality_by_who.items() if numbers["tars"] != args.images]
     if incomplete or incomplete_tars:
         print(f"\nincomplete: {incomplete} {incomplete_tars}")
     return 1 if incomplete or incomplete_tars else 0

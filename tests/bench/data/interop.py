@@ -111,7 +111,7 @@ def adopted(checks: Checks, python: Path, work: Path, source: Path) -> None:
                      "--url_col=url", "--caption_col=caption", f"--output_folder={folder}",
                      "--output_format=webdataset", "--image_size=256", "--resize_mode=keep_ratio",
                      "--number_sample_per_shard=50", "--processes_count=1", "--thread_count=16"])
-    checks.equal(f"{PEER}: downloads {_URLS} addresses, {_MISSING} of them missing", "exit 0", ended)
+    checks.equal(f"{PEER}: downloads {_URLS} URLs, {_MISSING} of them missing", "exit 0", ended)
     good = _URLS - _MISSING
     checks.equal(f"{PEER}: pictures", good, len(_keys(folder)))
     _stage(checks, "shard --adopt of that folder", good, "shard", "adopted", "--adopt", "--source", str(folder),

@@ -1,13 +1,16 @@
-"""Images per second from tars to batches of uint8, beside bare webdataset over the same tars.
+"""Images per second from tars to batches of uint8, compared with bare webdataset over the same tars.
 
     python tests/bench/data/loader.py [--images 4000] [--batch 32] [--repeats 5] [--work FOLDER]
 
-The tars, four of them, are made by `shard` from photographs: JPEGs of 256 x 256. webdataset reads and decodes them
-in their order and does nothing else, with its own decoder (Pillow) and with ours, in a plain loop, or in batches by a
-DataLoader of two workers. Batches gives one epoch in its own order, with neighbors, by one thread or two that decode;
-nothing is decoded before, and nothing is kept but in the last row. The time until the first images is left out
-for webdataset, and not for Batches. All read from memory, as far as the system keeps files there. The contestants take
-turns; prints a Markdown table of medians.
+`shard` makes four tars of photographs: JPEGs of 256 x 256.
+
+* webdataset reads and decodes them in their order and does nothing else. It does so with its own decoder (Pillow) and
+  with ours, in a plain loop, or in batches by a DataLoader of two workers.
+* Batches gives one epoch in its own order, with neighbors. One or two threads decode. Nothing is decoded before the
+  clock starts, and only the last row of the table uses a cache of decoded images.
+
+The time until the first images counts for Batches, and does not count for webdataset. All read from memory, as far as
+the system caches files. The runs take turns. Prints a Markdown table of medians.
 """
 
 import argparse
@@ -143,7 +146,7 @@ def table(results: list[Result]) -> str:
         pairs = zip(runs[name], runs[other], strict=True)
         return f"{statistics.median(result.pictures_s / baseline.pictures_s for result, baseline in pairs):.2f}"
 
-    rows = [["", "pictures/s", "to the plain loop", f"to the DataLoader of {_WORKERS}", "CPU s with start-up",
+    rows = [["", "images/s", "to the plain loop", f"to the DataLoader of {_WORKERS}", "CPU s with start-up",
              "peak memory (PSS), MB", "cores busy with something else"], ["---"] * 7]
     for name in names:
         rows.append([name, f"{statistics.median(result.pictures_s for result in runs[name]):.0f}",
@@ -156,7 +159,7 @@ def table(results: list[Result]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=4000)
+    parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
@@ -168,18 +171,18 @@ def main() -> int:
         return 0
     work, results = photographs.work_folder(args.work), []
     try:
-        root = make_dataset(work, args.pictures)
+        root = make_dataset(work, args.images)
         for _ in range(args.repeats):
             for who in CONTESTANTS:
                 results.append(_result(who, root, args.batch, work / "loader.log"))
     except Failed as failure:
         print(failure, file=sys.stderr)
         return 1
-    print(f"{args.pictures} pictures, batches of {args.batch}, {args.repeats} runs each in turns; {machine()}; "
+    print(f"{args.images} images, batches of {args.batch}, {args.repeats} runs each in turns; {machine()}; "
           f"{versions()}\n")
     print(table(results))
     # An epoch's last batch is make_folder from the next epoch, so it is left out.
-    incomplete = [result for result in results if result.pictures < args.pictures - args.batch + 1]
+    incomplete = [result for result in results if result.pictures < args.images - args.batch + 1]
     if incomplete:
         print(f"\nincomplete: {incomplete}")
     return 1 if incomplete else 0

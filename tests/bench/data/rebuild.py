@@ -1,8 +1,8 @@
-"""Seconds and memory of the driver of a rebuild before work starts, for many rows of which few changed.
+"""Seconds and memory that the driver of a rebuild needs before work starts, for many rows of which few changed.
 
     python tests/bench/data/rebuild.py [ROWS] [FOLDER]
 
-Makes a version of a list of URLs with its listing and metadata, then plans the next one in a process of its own.
+Makes a version of a list of URLs with its listing and metadata. Then plans the next version in a new process.
 """
 
 import argparse

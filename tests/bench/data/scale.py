@@ -2,9 +2,9 @@
 
     python tests/bench/data/scale.py [--small] [--only plan driver workers lists] [--work FOLDER]
 
-Each measurement runs in another process, so that its peak of memory is its own. Prints Markdown tables, and from
-the measured constants a table for 100 million and 5 billion rows. --small takes a hundredth of everything, to see that
-it runs. Everything is in scale.json in the work folder.
+Each measurement runs in a new process, so that its peak of memory is its own. Prints Markdown tables, and a table for
+100 million and 5 billion rows that follows from the measured constants. --small uses a hundredth of each size, to test
+the script. scale.json in the work folder has all figures.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def measure_driver(work: Path, sizes: Sizes, workers: list[int]) -> list[dict[st
 
 def measure_workers(work: Path, sizes: Sizes, workers: list[int]) -> list[dict[str, Any]]:
     figures = [run_part("shard", work, pictures=sizes.pictures, workers=count) for count in workers]
-    print("\n| pictures | workers, each a node | pictures/s |\n|---|---|---|")
+    print("\n| images | workers, each a node | images/s |\n|---|---|---|")
     for row in figures:
         print(f"| {row['pictures']:,} | {row['workers']} | {row['pictures'] / row['seconds']:,.0f} |")
     return figures
@@ -116,13 +116,13 @@ def print_extrapolation(figures: dict[str, Any], sizes: Sizes) -> None:
         "reading the list, no filter": [_time(n * ROWS_PER_SHARD * row_s) for n in totals],
         "reading the list, with a filter": [_time(n * ROWS_PER_SHARD * filtered_row_s) for n in totals],
         "driver CPU for the items": [_time(n * driver_cpu_per_item) for n in totals],
-        "driver memory, at the most": [f"{base + n * (list_figures['going on']['peak_mb'] - base) / count:,.0f} MB"
+        "driver memory, at the most": [f"{base + n * (list_figures['resume']['peak_mb'] - base) / count:,.0f} MB"
                                        for n in totals],
         "manifest, written and loaded": [_time(n * (item_s["manifest"] + item_s["manifest, loaded"])) for n in totals],
-        "going on, from packs on a disk": [_time(n * (item_s["going on"] + from_packs["seconds"] / from_packs["items"]))
-                                           for n in totals],
+        "resume, from packs on a disk": [_time(n * (item_s["resume"] + from_packs["seconds"] / from_packs["items"]))
+                                         for n in totals],
         "requests to list the records on S3": [f"{-(-n // LISTED):,}" for n in totals],
-        "requests to read packs when going on": [f"{-(-n // 5000):,}" for n in totals],
+        "requests to read packs when resuming": [f"{-(-n // 5000):,}" for n in totals],
     }
     for name, cells in lines.items():
         print(f"| {name} | {' | '.join(cells)} |")

@@ -161,7 +161,7 @@ def lists(work: Path, items: int) -> dict[str, Any]:
             assert sum(record["info"]["rows"] for record in manifest["items"]) == items * ROWS_PER_SHARD
         del manifest
         storage.remove(f"{stage.folder}/manifest.json")
-        with timed("going on"):
+        with timed("resume"):
             run_stage(stage, lambda stage, remaining_items: iter(()))
         for name, pattern in (("plan", "items-*.parquet"), ("manifest", "manifest-*.parquet"),
                               ("records, collected and packed", "packs/*/*")):

@@ -1,16 +1,18 @@
-"""What the settings of training do for the images: a base and runs that differ from it in one setting, judged.
+"""Effect of training settings on the images: a base run, and runs that differ from it in one setting.
 
     python tests/bench/model/ablation.py --root data/demo           # the demo's images and databases: hours on one core
     python tests/bench/model/ablation.py --root data/demo --table   # of the runs that exist, no new ones
 
-Each run is a small network on the demo's emoji, `--seeds` times, the base `--base-seeds` times: another seed draws
-other first weights, batches and noise. What it draws for held-out subjects, each style's database swapped in, is judged
-by `evaluate`; the judges are those of the first run. Everything is a run of the root (abl-...), so what is sealed is
-not done again, and an interrupted bench goes on. One process; OMP_NUM_THREADS=1 for one thread.
+Each run trains a small network on the demo's emoji. A setting is trained with `--seeds` seeds, the base with
+`--base-seeds`. A seed determines the first weights, the batches and the noise. `evaluate` generates images of held-out
+subjects with each style's database, and classifies them; the classifier is that of the first run. The runs are in the
+root as abl-..., so an interrupted bench resumes, and sealed work is not repeated. It is one process. Set
+OMP_NUM_THREADS=1 for one thread.
 
-The table's intervals are 95 %. Those of a difference to the base hold the prompts, drawn again (paired: they are the
-same for all), and the spread of runs that differ in the seed alone, pooled; what is beyond is bold. Other columns are
-bold where they differ from the base's by more than that spread allows.
+The table's intervals are 95 %. The interval of a difference to the base has two parts: the spread of the prompts'
+paired differences (the prompts are the same for all runs), and the pooled spread of runs that differ only in the seed.
+A difference that is larger than its interval is bold. Other columns are bold if they differ from the base by more than
+the spread of the seeds allows.
 """
 
 import argparse
@@ -38,7 +40,7 @@ from pipeline import storage
 from pipeline.corpora.emoji import STYLES
 from pipeline.datasets.dataset import Dataset
 
-# emoji_32 with half its width and half its batch, for a run of minutes; four neighbors always, drawn with as many.
+# emoji_32 with half its width and half its batch: a run takes minutes. Training and sampling use four neighbors.
 BASE = ("--recipe", "emoji_32", "--model-channels", "64", "--global-batch", "16", "--lr", "2e-3", "--ema-decay",
         "0.995", "--k", "4", "--no-random-k", "--log-every", "100")
 RUNS: dict[str, tuple[str, ...]] = {
@@ -60,7 +62,7 @@ _UNGUIDED = ("--guidance", "1")
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a run, and how it is drawn from."""
+    """A row of the table: a run, and the options of its sampling."""
 
     title: str
     run: str
@@ -70,15 +72,15 @@ class Row:
 
 
 ROWS = (
-    Row("base: x0, zeros for nobody in 10 %, four neighbours", "base"),
+    Row("base: x0, zeros as the null condition in 10 %, four neighbors", "base"),
     Row("`--prediction epsilon`", "epsilon"), Row("`--prediction v`", "v"), Row("`--prediction flow`", "flow"),
     Row("`--min-snr 5`", "min-snr"), Row("`--learned-null`", "null"), Row("`--p-uncond 0`", "everybody"),
     Row("`--own image`", "own-image"), Row("`--own caption`", "own-caption"),
     Row("`--random-k`", "random-k"), Row("`--p-drop-neighbor 0.1`", "drop"), Row("`--neighbor-noise 0.2`", "noise"),
-    Row("base, drawn without guidance", "base", "unguided", _UNGUIDED, ""),
-    Row("`--p-uncond 0`, drawn without guidance", "everybody", "unguided", _UNGUIDED, "base-unguided"),
+    Row("base, sampled without guidance", "base", "unguided", _UNGUIDED, ""),
+    Row("`--p-uncond 0`, sampled without guidance", "everybody", "unguided", _UNGUIDED, "base-unguided"),
 )
-# Losses of one target, weights and condition; --own sees more, and is another task.
+# Losses are comparable for equal target, weights and condition. --own gives the network more, so it is another task.
 _COMPARABLE = {"base", "null", "everybody", "random-k", "drop", "noise"}
 
 
@@ -93,7 +95,7 @@ def main() -> int:
     args = parser.parse_args()
     root = Path(args.root)
     if not (root / "datasets" / "heldout" / "v1" / "neighbors" / "train").is_dir():
-        parser.error(f"{root} has no held-out dataset with neighbours in the training set\n"
+        parser.error(f"{root} has no held-out dataset with neighbors in the training set\n"
                      f"hint: python -m jobs demo --root {root}")
     if not args.table:
         os.environ.setdefault("WANDB_MODE", "disabled")
@@ -142,7 +144,7 @@ def _share_judges(root: Path, run: Run) -> None:
 
 
 def _evaluations(root: Path, row: Row) -> list[dict[str, Any]]:
-    """What was found of each seed: the evaluation, who each image was taken for, and the losses."""
+    """Per seed: the evaluation, the style that the classifier gave each image, and the losses."""
     evaluations = []
     for manifest in sorted(root.glob(f"runs/abl-{row.run}-[0-9]*/evaluations/{row.evaluation}/manifest.json")):
         folder = manifest.parent
@@ -202,7 +204,7 @@ def _error(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]], sp
     if not freedom:
         return float("nan")
     parts = [(value ** 2 * (1 / len(runs) + 1 / len(base)), freedom)]
-    if np.ndim(runs[0][name]):  # of each prompt: prompts drawn again, the same for both
+    if np.ndim(runs[0][name]):  # one value per prompt, the same prompts for both
         paired = np.mean([run[name] for run in runs], (0, 2)) - np.mean([run[name] for run in base], (0, 2))
         parts.append((paired.var(ddof=1) / len(paired), len(paired) - 1))
     squared = sum(variance for variance, _ in parts)

@@ -44,7 +44,7 @@ class Peer(nn.Module):
         self.network = UNet2DConditionModel(
             in_channels=config.in_channels * config.patch ** 2, out_channels=config.out_channels * config.patch ** 2,
             block_out_channels=widths, layers_per_block=config.num_res_blocks, cross_attention_dim=config.context_dim,
-            # What diffusers calls the dimension of a head is their number here, for reasons of its history.
+            # diffusers takes the number of heads under the name of their dimension, for historical reasons.
             attention_head_dim=[width // config.head_dim for width in widths],
             down_block_types=["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attention_levels],
             up_block_types=["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attention_levels)])
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="training steps in a turn")
-    parser.add_argument("--drawn", type=int, default=4, help="pictures that are sampled at once; 0: no sampling")
+    parser.add_argument("--drawn", type=int, default=4, help="images in a batch of sampling; 0: no sampling")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -87,7 +87,7 @@ def main() -> None:
     if args.out:
         args.out.write_text(json.dumps(figures, indent=1) + "\n")
     for name, rate in figures["training"]["pictures_per_s"].items():
-        print(f"training  {name:10} {rate:9.2f} pictures/s")
+        print(f"training  {name:10} {rate:9.2f} images/s")
     print(f"training  ratio {figures['training']['ratio']:.2f}"
           + (f", MFU {figures['training']['mfu']:.2f}" if "mfu" in figures["training"] else ""))
     for sampler, sampler_figures in figures.get("sampling", {}).items():
@@ -133,7 +133,7 @@ def _training(networks: dict[str, nn.Module], config: UNetConfig, args: argparse
 
 def _sampling(networks: dict[str, nn.Module], config: UNetConfig, args: argparse.Namespace,
               device: torch.device) -> dict[str, Any]:
-    """Each network in its own project's loop, with guidance 2 against nobody."""
+    """Each network in its own project's loop, with guidance 2 against the null condition."""
     dtype = compute_dtype("auto", device)
     noise = torch.randn(args.drawn, config.in_channels, args.side, args.side, device=device)
     context = torch.randn(args.drawn, 4, config.context_dim, device=device)

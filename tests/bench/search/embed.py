@@ -1,13 +1,13 @@
-"""Images per second from tars to CLIP embeddings, beside clip-retrieval and beside the bare forward pass.
+"""Images per second from tars to CLIP embeddings, compared with clip-retrieval and with the bare forward pass.
 
     python tests/bench/search/embed.py [--model ViT-B-32|tiny-clip-64] [--images 1000] [--repeats 3] [--work FOLDER]
 
-All take the same tars of JPEGs (short side 256) and the same weights (random ones for ViT-B-32, from a file). The bare
-pass encodes batches of random pixels that are in memory, with the same precision, in the better of two ways: torch's
-threads share each batch, or each of as many threads has its own. What is missing to 1 is reading, decoding, resizing
-and writing. clip-retrieval knows fp32 alone on a CPU, so ours is shown in fp32 too; its number of
-loading processes is the better of 1 and 2. Prints a Markdown table of medians, where our time went, and how far the
-vectors are apart. On a machine that is busy with other things the CPU seconds say more than the images a second.
+All use the same tars of JPEGs (short side 256) and the same weights (random ones for ViT-B-32, from a file). The bare
+pass encodes batches of random pixels in memory, with the same precision. It is the better of two ways: torch's threads
+share each batch, or each thread has its own. The rest of the time is reading, decoding, resizing and writing.
+clip-retrieval has only fp32 on a CPU, so ours is shown in fp32 too; its number of loading processes is the better of 1
+and 2. Prints a Markdown table of medians, the parts of our time, and the distance of the vectors. On a busy machine the
+CPU seconds say more than the images a second.
 """
 
 import argparse
@@ -137,9 +137,9 @@ def _run_bare_pass(model: str, weights: str, precision: str, pictures: int) -> N
 
 
 def measure_bare_pass(model: str, weights: str, precision: str, pictures: int, log: Path) -> Result:
-    """The bare pass in a process of its own."""
+    """The bare pass in a new process."""
     usage = measure([sys.executable, __file__, "--bare", precision, "--model", model, "--weights", weights,
-                     "--pictures", str(pictures)], log)
+                     "--images", str(pictures)], log)
     seconds, used = json.loads(usage.stdout.splitlines()[-1])
     return Result(f"bare forward pass, {precision}", pictures, usage.wall_s, seconds, used,
                   usage.cpu_s, usage.peak_mb, usage.others_cores)
@@ -200,9 +200,9 @@ def table(results: list[Result]) -> str:
     runs = {name: [result for result in results if result.who == name] for name in names}
     speed = {name: statistics.median(result.pictures / result.work_s for result in runs[name]) for name in names}
     theirs = next(speed[name] for name in names if name.startswith("clip-retrieval"))
-    rows = [["", "pictures/s without start-up", "to clip-retrieval", "to the bare pass", "pictures/s, whole command",
-             "CPU ms a picture without start-up (clip-retrieval: forward pass alone)",
-             "CPU ms a picture, whole command", "peak memory (PSS), MB", "start-up and end, s",
+    rows = [["", "images/s without start-up", "to clip-retrieval", "to the bare pass", "pictures/s, whole command",
+             "CPU ms an image without start-up (clip-retrieval: forward pass alone)",
+             "CPU ms an image, whole command", "peak memory (PSS), MB", "start-up and end, s",
              "cores busy with something else"], ["---"] * 10]
     for name in names:
         precision = "bf16" if "bf16" in name else "fp32"
@@ -218,7 +218,7 @@ def table(results: list[Result]) -> str:
 
 
 def time_per_image(results: list[Result]) -> str:
-    """Where our time went, in ms an image of all threads together."""
+    """The parts of our time, in ms an image, summed over all threads."""
     lines = []
     for who in dict.fromkeys(result.who for result in results if result.times):
         runs = [result for result in results if result.who == who]
@@ -231,7 +231,7 @@ def time_per_image(results: list[Result]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-32", help="ViT-B-32, tiny-clip-64, or any other of open_clip")
-    parser.add_argument("--pictures", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--loading", type=int, default=0, help="of clip-retrieval's processes; default: the better")
     parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
@@ -239,18 +239,18 @@ def main() -> int:
     parser.add_argument("--bare", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.bare:
-        _run_bare_pass(args.model, args.weights, args.bare, args.pictures)
+        _run_bare_pass(args.model, args.weights, args.bare, args.images)
         return 0
     work = photographs.work_folder(args.work)
     python = environment(work, PEER.replace("==", "-"), PEER, *_WITH_PEER)
     weights, config = save_weights(args.model, work)
-    root, results, out = make_shards(work, args.pictures), [], work / "embed-peer"
+    root, results, out = make_shards(work, args.images), [], work / "embed-peer"
     try:
         loading = args.loading or min((1, 2), key=lambda workers: peer(python, root, out, args.model, weights, config,
                                                                        workers).work_s)
         for _ in range(args.repeats):
             for precision in ("fp32", "bf16"):
-                results.append(measure_bare_pass(args.model, weights, precision, args.pictures, work / "bare.log"))
+                results.append(measure_bare_pass(args.model, weights, precision, args.images, work / "bare.log"))
             results.append(peer(python, root, out, args.model, weights, config, loading))
             min_cosine = {}
             for precision in ("fp32", "bf16"):
@@ -260,7 +260,7 @@ def main() -> int:
     except Failed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{args.model}, {args.pictures} pictures, {args.repeats} runs each in turns; {machine()}; "
+    print(f"{args.model}, {args.images} images, {args.repeats} runs each in turns; {machine()}; "
           f"{versions()}; {PEER}\n\n{table(results)}\n\n{time_per_image(results)}\n"
           "least cosine to clip-retrieval's vectors: "
           + ", ".join(f"{precision} {value:.5f}" for precision, value in min_cosine.items()))

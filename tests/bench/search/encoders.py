@@ -1,10 +1,10 @@
-"""Encoders as they are, with torch.compile, and with channels last in their weights: images a second of a core.
+"""Encoders unchanged, with torch.compile, and with weights in channels-last order: images a second of a core.
 
     python tests/bench/search/encoders.py [--turns 7] [--passes 2] [--work FOLDER]
 
-ViT-B-32 with random weights and the tiny CLIP, in the precision that is the default here, batches of 32 images of 8
-bits as `embed` makes them on a CPU. All ways take turns; prints medians, and how long the first pass took, in which
-torch.compile compiles.
+Measures ViT-B-32 with random weights and the tiny CLIP, in the default precision. Batches have 32 images of 8 bits, as
+`embed` makes them on a CPU. All ways take turns. Prints medians, and the time of the first pass, in which torch.compile
+compiles.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def encoder_variants(model: str, weights: str) -> dict:
     config, variants = ClipConfig(model, weights), {}
     for name, compiled, last in (("as it is", False, False), ("compiled", True, False),
                                  ("channels last", False, True), ("both", True, True)):
-        clip.load_encoder_on.cache_clear()  # each has weights of its own
+        clip.load_encoder_on.cache_clear()  # each way changes its weights, so it needs its own
         encoder = clip.load_encoder(config)
         if last:
             encoder.model.to(memory_format=torch.channels_last)
@@ -62,7 +62,7 @@ def compare_encoders(model: str, weights: str, turns: int, passes: int) -> str:
             speeds[name].append((passes * _BATCH / (time.perf_counter() - begun),
                                  passes * _BATCH / (time.process_time() - used)))
     lines = [f"{model}, {first_encoder.dtype}, {turns} turns of {passes} batches of {_BATCH}\n",
-             "| way | pictures/s | to the first | pictures a CPU second | first pass, s |", "|---|--:|--:|--:|--:|"]
+             "| way | images/s | to the first | images a CPU second | first pass, s |", "|---|--:|--:|--:|--:|"]
     clock = {name: statistics.median(rate for rate, _ in rates) for name, rates in speeds.items()}
     for name, rates in speeds.items():
         lines.append(f"| {name} | {clock[name]:.1f} ({min(rates)[0]:.1f} to {max(rates)[0]:.1f}) "

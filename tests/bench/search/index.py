@@ -1,12 +1,12 @@
-"""Recall, seconds and memory of building an index, beside autofaiss's build_index.
+"""Recall, seconds and memory of building an index, compared with autofaiss's build_index.
 
     python tests/bench/search/index.py [--vectors 500000] [--memory 100M] [--repeats 3] [--work FOLDER]
 
-Both read the same sealed embeddings (clustered unit vectors as float16, made from a seed) and may use the same memory
-for the index; with the default they choose the same kind. autofaiss runs with its defaults otherwise, on one core and
-on two. Recall is that of new queries against exact search: of each index with the effort that its builder chose, and of
-both with the same. The runs take turns. Prints a Markdown table of medians; every run is in index.json in the work
-folder. Exit 1 if a build ends without an index.
+Both read the same sealed embeddings: clustered unit vectors as float16, made from a seed. Both have the same memory
+limit for the index; with the default they choose the same kind. autofaiss runs on one core and on two, and otherwise
+with its defaults. Recall compares new queries with exact search, once with the effort that each builder chose, and once
+with the same effort. The runs take turns. Prints a Markdown table of medians; index.json in the work folder has every
+run. Exit 1 if a build ends without an index.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def _peer(folder: str, out: str, memory: str, cores: int) -> None:
 
 
 def peer(dataset: Dataset, out: Path, memory: str, cores: int) -> tuple[str, Usage, Path, str]:
-    """autofaiss on so many cores: who, what it used, where its index is, and of which kind."""
+    """autofaiss on `cores` cores: its name, its use of resources, and the path and kind of its index."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     usage = measure(["env", f"OMP_NUM_THREADS={cores}", sys.executable, __file__, "--peer",

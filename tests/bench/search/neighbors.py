@@ -1,15 +1,16 @@
-"""Neighbors of many queries, beside `index.search` of the same index, and exact search beside bare matrix products.
+"""Speed of the neighbors stage, compared with faiss's `index.search`, and of exact search with bare matrix products.
 
     python tests/bench/search/neighbors.py [--rows 1000000] [--queries 200000] [--dim 512] [--key KEY]
         [--only lists|exact]
 
-Rows and queries are the clustered unit vectors of the bench of the index, 100 to a cluster on average. faiss is given
-the queries in batches of 1,024, at the search effort that the index was tuned to, with all threads; ours is the stage
-`neighbors` from files to files on two Ray workers of one core each, ten shards of 10,000 queries at once, at the same
-number of lists, at half as many, and at a quarter.
-Recall is that of 1,000 queries against exact search in float32. The exact search is that of the stage too, for the
-first 8,192 queries; the bare products are those of its blocks in the same precision, over and over. Prints two Markdown
-tables.
+Rows and queries are the clustered unit vectors of the bench of the index, 100 to a cluster on average.
+
+* faiss gets the queries in batches of 1,024, at the search effort that the index was tuned to, with all threads.
+* Ours is the stage `neighbors` from files to files on two Ray workers of one core each. An item has ten shards of
+  10,000 queries. It searches the same number of lists, half as many, and a quarter.
+
+Recall compares 1,000 queries with exact search in float32. The exact search is the stage's too, for the first 8,192
+queries. The bare products are those of its blocks in the same precision, repeated. Prints two Markdown tables.
 """
 
 import argparse

@@ -26,7 +26,7 @@ def run(report: Report) -> None:
         report.figure("reading the database", read_rate / 1e9, "GB/s", "one thread, pages cached, checked for NaN")
     with report.attempt("ids and scores"):
         _compare(report, database, queries[:64])
-    # What the product alone would take, and what reading alone would.
+    # Each search is compared with the time of the matrix product alone and of reading alone.
     for name, memory, query_count in (("default memory", 112 << 20, count // 8), ("8 GB", 8 << 30, count)):
         with report.attempt(f"search with {name}"):
             _time_search(report, database, queries[:query_count], memory, name, product_rate, read_rate)
