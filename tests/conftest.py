@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a private home folder, no trackers, drawn images, a Ray cluster, an S3 server."""
+"""Fixtures of all tests: a private home folder, no trackers, synthetic images, a Ray cluster, an S3 server."""
 
 import os
 import secrets
@@ -53,7 +53,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session")
 def drawn_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 144 drawn images of 24 subjects in six styles, with captions; read only."""
+    """A folder of 144 synthetic images of 24 subjects in six styles, with captions; read only."""
     from pipeline.corpora.config import DemoCorpusConfig
     from pipeline.corpora.demo_corpus import DemoCorpus
     from pipeline.stages.driver import run_stage

@@ -49,7 +49,7 @@ def split_page(lines: list[str]) -> tuple[dict[int, str], list[Block]]:
 
 
 def join_continued(block: Block) -> Iterator[tuple[int, str]]:
-    """The lines of a block. A line that ends with a backslash goes on in the next one."""
+    """The lines of a block. A line that ends with a backslash is joined with the next one."""
     whole, start = "", block.line
     for number, line in enumerate(block.lines, block.line):
         start = start if whole else number
@@ -65,15 +65,15 @@ def inline_code(prose: dict[int, str]) -> Iterator[tuple[int, str]]:
     """The spans of code in the prose. A span may begin on one line and end on the next."""
     numbers = list(prose)
     text = "\n".join(prose.values())
-    for found in re.finditer(r"(?<!`)`([^`]+)`(?!`)", text):
-        yield numbers[text.count("\n", 0, found.start())], " ".join(found[1].split())
+    for match in re.finditer(r"(?<!`)`([^`]+)`(?!`)", text):
+        yield numbers[text.count("\n", 0, match.start())], " ".join(match[1].split())
 
 
 def links(prose: dict[int, str]) -> Iterator[tuple[int, str]]:
     """The targets of links and images, those of HTML included."""
     for number, line in prose.items():
-        for found in re.finditer(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", re.sub(r"`[^`]*`", "", line)):
-            yield number, found[1] or found[2]
+        for match in re.finditer(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", re.sub(r"`[^`]*`", "", line)):
+            yield number, match[1] or match[2]
 
 
 def anchors(lines: list[str]) -> set[str]:

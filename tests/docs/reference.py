@@ -72,7 +72,7 @@ class Flag:
 
 
 def type_text(hint: Any) -> str:
-    """A type in words, with its bounds."""
+    """The text for a type, with its bounds."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         bounds = [_BOUNDS[key].format(f"{limit:g}") for each in parts[1:] if is_dataclass(each)

@@ -41,10 +41,10 @@ def _all_flags() -> set[str]:
 
 def _command_words(line: str) -> list[str] | None:
     """The words after `python -m jobs` or `rdm`; None if the line is no such command."""
-    found = re.search(r"(?:^|[\s/])(?:-m jobs|rdm) +(?=[a-z-])(.*)", line)
-    if not found or re.match(r"\s*(?:#|usage:|kubectl|eval|docker|ray )", line):
+    command = re.search(r"(?:^|[\s/])(?:-m jobs|rdm) +(?=[a-z-])(.*)", line)
+    if not command or re.match(r"\s*(?:#|usage:|kubectl|eval|docker|ray )", line):
         return None
-    lexer = shlex.shlex(found[1], posix=True, punctuation_chars="|&;<>")
+    lexer = shlex.shlex(command[1], posix=True, punctuation_chars="|&;<>")
     lexer.whitespace_split = True
     return list(itertools.takewhile(lambda word: word not in {"|", ">", "<", "&&", ";", "&"}, lexer)) or None
 

@@ -28,7 +28,7 @@ def root(tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def prepared_root(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Path:
-    """A root with a drawn dataset that has everything training needs; copy it before use."""
+    """A root with a synthetic dataset that has everything training needs; copy it before use."""
     root = tmp_path_factory.mktemp("prepared") / "root"
     dataset = Dataset.parse(str(root), "drawn")
     for stage in (Shard(dataset, ShardConfig(source=str(drawn_pictures), captions=str(drawn_pictures / "train.csv"),

@@ -34,12 +34,13 @@ def test_datasets_are_listed_with_their_counts(trained_root: Path) -> None:
 
 
 def test_a_search_finds_what_the_verb_finds(trained_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = open_root(str(trained_root)).search("flat", "a red square", count=4)
+    matches = open_root(str(trained_root)).search("flat", "a red square", count=4)
     assert main(["search", "flat", "a red square", "--count", "4", "--json", "--root", str(trained_root)]) == 0
-    assert [match.document() for match in found] == [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert all(match.distance == 1 - match.score and match.image().size == (32, 32) for match in found)
-    like = open_root(str(trained_root)).search("flat", like=found[0].key, minus="a blue circle", count=2)
-    assert found[0].key not in [match.key for match in like]
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [match.document() for match in matches] == printed
+    assert all(match.distance == 1 - match.score and match.image().size == (32, 32) for match in matches)
+    like = open_root(str(trained_root)).search("flat", like=matches[0].key, minus="a blue circle", count=2)
+    assert matches[0].key not in [match.key for match in like]
 
 
 def test_samples_are_those_of_the_verb(trained_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

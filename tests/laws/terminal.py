@@ -124,7 +124,7 @@ def run_on_screen(command: list[str], columns: int = 120, meanwhile: Meanwhile |
 
 
 def interrupt_on_screen(command: list[str], seconds: float, presses: int = 1) -> Screen:
-    """Run a command on a terminal of its own, and press Ctrl-C there after so many seconds.
+    """Run a command on a new terminal, and press Ctrl-C there after `seconds` seconds.
 
     The settings of the terminal, such as its echo, must be the same at the end.
     """

@@ -20,9 +20,9 @@ _EXAMPLES: dict[Any, Any] = {str: "some text", int: 7, float: 1.5, Holder: _HOLD
 
 def _error_classes() -> Iterator[type[BaseException]]:
     for package in (pipeline, model, jobs):
-        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not found.name.endswith("__main__"):
-                module = importlib.import_module(found.name)
+        for entry in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not entry.name.endswith("__main__"):
+                module = importlib.import_module(entry.name)
                 yield from (value for value in vars(module).values() if inspect.isclass(value)
                             and issubclass(value, BaseException) and value.__module__ == module.__name__)
 

@@ -1,4 +1,4 @@
-"""Data that is made once for all tests of the pipeline: drawn images, and a dataset that went through every stage."""
+"""Data that is made once for all tests of the pipeline: synthetic images, and a dataset that has every stage."""
 
 import shutil
 from pathlib import Path
@@ -17,7 +17,7 @@ def _private_cache(private_cache: None) -> None:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 72 drawn images, 12 subjects in six styles, with captions."""
+    """A folder of 72 synthetic images, 12 subjects in six styles, with captions."""
     return synthetic.drawings(tmp_path_factory.mktemp("pictures"))
 
 

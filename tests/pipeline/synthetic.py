@@ -1,4 +1,4 @@
-"""Small sealed datasets for tests: from drawn images by the real stages, or with given vectors."""
+"""Small sealed datasets for tests: from synthetic images by the real stages, or with given vectors."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def drawings(folder: Path, subjects: int = 12, size: int = 32, styles: Sequence[str] = ()) -> Path:
-    """A folder of drawn images with captions.csv."""
+    """A folder of synthetic images with captions.csv."""
     catalog = drawn.catalog(subjects)
     lines = ["file,caption,style,subject"]
     for picture in catalog.pictures:

@@ -1,9 +1,10 @@
 """A web server that serves files fast and misbehaves on request.
 
 In tests and benchmarks: `with web_server.serving({"a.jpg": data}) as address`, then `http://{address}/a.jpg`. By hand:
-`python tests/pipeline/web_server.py FOLDER [CERTIFICATE]` prints its address and serves until its input ends. It is a
-process of its own, so that its CPU time and its locks are not those of whom it serves. `FAULTS` has the paths that
-are not files; where one of them ends well, `?file=NAME` gives the body.
+`python tests/pipeline/web_server.py FOLDER [CERTIFICATE]` prints its address and serves until its input ends.
+
+The server is a separate process, so that it shares neither CPU time nor locks with the client. `FAULTS` has the paths
+that are not files. For a fault with a complete body, `?file=NAME` chooses the body.
 """
 
 import asyncio
@@ -52,7 +53,7 @@ def serving(files: Mapping[str, bytes] | Path = {}, certificate: Path | None = N
 
 
 def seen(address: str) -> dict[str, int]:
-    """What the server has counted: connections, most_at_once, requests, and requests of every path; starts again."""
+    """Counts since the last call: connections, most_at_once, requests, and requests of every path."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"http://{address}/seen", timeout=10) as answer:
         return json.load(answer)
@@ -60,7 +61,7 @@ def seen(address: str) -> dict[str, int]:
 
 @dataclass
 class Request:
-    """What a connection asks for."""
+    """A request on a connection."""
 
     line: str
     path: str
@@ -76,7 +77,7 @@ class Request:
 
 @dataclass
 class Site:
-    """What is served, and what has been counted."""
+    """The files that the server serves, and its counts."""
 
     folder: Path
     counts: Counter[str] = field(default_factory=Counter)
@@ -139,8 +140,7 @@ def _whole(path: str, name: str) -> bytes:
     return answer(body, f"Content-Type: {mimetypes.guess_type(name)[0] or 'application/octet-stream'}")
 
 
-# Of each: the path below, and what it does.
-
+# The docstring of each fault begins with its path.
 Fault = Callable[[Site, Request], Awaitable[bool | None]]
 
 
@@ -257,13 +257,13 @@ async def gzip_bomb(site: Site, request: Request) -> bool:
     """/gzip-bomb?mb=256: zeros, packed a thousand to one."""
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
     first, second = (packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
-    # From the second on all are the same. The end is wrong, but nobody should get there.
+    # From the second on all are the same. The end is wrong, but no client should read so far.
     request.writer.write(answer(first + second * (int(request.option("mb", "256")) - 1), "Content-Encoding: gzip"))
     return True
 
 
 async def gzipped(site: Site, request: Request) -> bool:
-    """/gzipped: packed though nobody asked for it; ?as=br says so, and lies; ?close, ?chunked, ?until-closed: ends."""
+    """/gzipped: gzip that was not requested; ?as=br names a wrong coding; ?close, ?chunked, ?until-closed: the end."""
     packer = zlib.compressobj(1, zlib.DEFLATED, 31)
     body = packer.compress(site.body(request.option("file"))) + packer.flush()
     encoding = f"Content-Encoding: {request.option('as', 'gzip')}"
@@ -299,8 +299,8 @@ async def reset(site: Site, request: Request) -> bool:
 async def status(site: Site, request: Request) -> bool:
     """/status/404: that status."""
     code = request.path.rpartition("/")[2]
-    request.writer.write(f"HTTP/1.1 {code} As Asked\r\n\r\n".encode() if code in {"204", "304"}
-                         else answer(BODY, status=f"{code} As Asked"))
+    request.writer.write(f"HTTP/1.1 {code} As Requested\r\n\r\n".encode() if code in {"204", "304"}
+                         else answer(BODY, status=f"{code} As Requested"))
     return True
 
 

@@ -151,8 +151,8 @@ def table(results: list[Result], quality_by_who: dict[str, dict[str, Any]]) -> s
     """Medians of the runs as a Markdown table, with lowest and highest speed; ratios are to the first column."""
     names = list(dict.fromkeys(result.who for result in results))
     lines: list[tuple[str, str, bool, Callable[[Result], float]]] = [
-        ("pictures/s, whole command", ".1f", True, lambda result: result.pictures / result.wall_s),
-        ("pictures/s, without start-up", ".1f", True, lambda result: result.pictures / result.work_s),
+        ("images/s, whole command", ".1f", True, lambda result: result.pictures / result.wall_s),
+        ("images/s, without start-up", ".1f", True, lambda result: result.pictures / result.work_s),
         ("start-up and end, s", ".1f", False, lambda result: result.wall_s - result.work_s),
         ("CPU ms an image", ".2f", True, lambda result: 1e3 * result.cpu_s / result.pictures),
         ("peak memory (PSS), MB", ".0f", True, lambda result: result.peak_mb),

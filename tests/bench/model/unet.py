@@ -92,7 +92,7 @@ def main() -> None:
           + (f", MFU {figures['training']['mfu']:.2f}" if "mfu" in figures["training"] else ""))
     for sampler, sampler_figures in figures.get("sampling", {}).items():
         rates = sampler_figures["pictures_per_s"]
-        print(f"{sampler}: " + ", ".join(f"{name} {rate:.3f} pictures/s" for name, rate in rates.items())
+        print(f"{sampler}: " + ", ".join(f"{name} {rate:.3f} images/s" for name, rate in rates.items())
               + f", ratio {sampler_figures['ratio']:.2f}")
 
 

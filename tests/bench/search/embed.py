@@ -200,7 +200,7 @@ def table(results: list[Result]) -> str:
     runs = {name: [result for result in results if result.who == name] for name in names}
     speed = {name: statistics.median(result.pictures / result.work_s for result in runs[name]) for name in names}
     theirs = next(speed[name] for name in names if name.startswith("clip-retrieval"))
-    rows = [["", "images/s without start-up", "to clip-retrieval", "to the bare pass", "pictures/s, whole command",
+    rows = [["", "images/s without start-up", "to clip-retrieval", "to the bare pass", "images/s, whole command",
              "CPU ms an image without start-up (clip-retrieval: forward pass alone)",
              "CPU ms an image, whole command", "peak memory (PSS), MB", "start-up and end, s",
              "cores busy with something else"], ["---"] * 10]

@@ -48,7 +48,7 @@ def test_every_job_is_as_its_schema_wants(rayjobs: list[Document]) -> None:
     for document in rayjobs:
         manifests.check_schema(document)
         spec = document["spec"]
-        # What KubeRay refuses though the schema allows it.
+        # The schema allows both or neither of these, and KubeRay refuses that.
         assert ("clusterSelector" in spec) != ("rayClusterSpec" in spec)
         of_its_own = spec.keys() & {"backoffLimit", "suspend", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished"}
         assert "clusterSelector" not in spec or not of_its_own

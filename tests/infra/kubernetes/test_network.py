@@ -1,4 +1,4 @@
-"""The network policies, evaluated as a network plugin does: which IP addresses and pods each kind of pod reaches."""
+"""The network policies, evaluated as a network plugin does: the IPs and pods that each kind of pod reaches."""
 
 import ipaddress
 from typing import Any
@@ -11,7 +11,7 @@ from tests.infra.kubernetes.manifests import Document
 NODE = {"app.kubernetes.io/part-of": "rdm", "ray.io/cluster": "rdm"}
 SUBMITTERS = ({"app.kubernetes.io/component": "rdm-submit"}, {"ray.io/originated-from-crd": "RayJob"})
 OTHERS: tuple[dict[str, str], ...] = ({}, {"app": "something-else"})
-# Metadata services, from the documentation of the clouds, and link-local addresses.
+# Metadata services, from the documentation of the clouds, and link-local IPs.
 METADATA = (
     "169.254.169.254",  # AWS, Google, Azure, Oracle, IBM, DigitalOcean, Hetzner, OpenStack
     "169.254.170.2", "169.254.170.23",  # credentials of ECS, of EKS Pod Identity

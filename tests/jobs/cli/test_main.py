@@ -285,7 +285,7 @@ def test_a_dead_store_is_a_sentence_and_exit_1(tmp_path: Path) -> None:
     with socket.socket() as bound_socket:
         bound_socket.bind(("127.0.0.1", 0))
         port = bound_socket.getsockname()[1]
-    # The client retries for a while: in a process of its own, so that the test cannot hang.
+    # The client retries for a while. A separate process has a time limit, so the test cannot hang.
     process = subprocess.run([sys.executable, "-m", "jobs", "status", "--root", "s3://bucket/root"],
                              capture_output=True, text=True, timeout=200,
                              env={**os.environ, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",

@@ -18,7 +18,7 @@ ROOT = "s3://bucket/root"
 
 
 def _submission(*words: str, own: tuple[str, ...] = ()) -> Submission:
-    """What `submit OWN WORDS` would submit."""
+    """The submission of `submit OWN WORDS`."""
     _, options = parse_command(["submit", *own, *words])
     _, inner = parse_command(options.words)
     return make_submission(options.words, inner, options)

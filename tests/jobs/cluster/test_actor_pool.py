@@ -119,7 +119,7 @@ def _undisturbed_result(tmp_path: Path, config: SlowConfig) -> dict[str, Any]:
 
 
 def _result(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What a slow run and a quick one have in common: all but the plan, which names the seconds."""
+    """The part of a manifest that is equal for slow and quick runs: all but the plan, which names the seconds."""
     manifest = without_run_facts(manifest)
     return {"items": [record | {"plan": ""} for record in manifest["items"]], "totals": manifest["totals"]}
 

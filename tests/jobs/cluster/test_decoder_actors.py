@@ -1,4 +1,4 @@
-"""Images that nodes without a GPU decode for a worker: the bytes of one process, whoever dies meanwhile."""
+"""Nodes without a GPU decode images for a worker. The bytes are those of one process, even if nodes die."""
 
 import os
 import signal
@@ -102,7 +102,7 @@ def test_decoders_elsewhere_give_the_same_bytes_and_may_die(all_die, gpu_node, t
 
 
 def _ping_after_restart(handle: Any) -> tuple[int, str]:
-    """Who answers in the place of a decoder that was killed."""
+    """The answer of the decoder that Ray starts in place of a killed one."""
     for _ in range(100):
         try:
             return ray.get(handle.ping.remote())

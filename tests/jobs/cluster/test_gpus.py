@@ -246,7 +246,7 @@ def test_a_run_names_the_device_of_its_processes(root: str) -> None:
 
 
 class _Look(Stage):
-    """What a worker sees of GPUs."""
+    """A stage that records which GPUs a worker sees."""
 
     name = "look"
 

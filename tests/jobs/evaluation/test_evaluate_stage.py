@@ -1,4 +1,4 @@
-"""Whether the style follows the database is measured on what was really drawn, from really held-out subjects."""
+"""`evaluate` measures whether the style follows the database, with generated images of held-out subjects."""
 
 import contextlib
 import io

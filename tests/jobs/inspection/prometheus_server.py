@@ -20,12 +20,12 @@ _COMPARED = re.compile(r"(?:\s(?:==|<|>|and|or|unless)\s(?:on\s*\([^)]*\)\s)?)")
 
 
 def binary(name: str = "prometheus") -> str | None:
-    """Where a program of the package is; None where it was not installed."""
+    """The path of a program of the package; None if it is not installed."""
     return shutil.which(name)
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
+    """A free port of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -126,7 +126,7 @@ def _plain(expression: str, interval: str, dataset: str) -> str:
 
 
 def operands(expression: str) -> list[str]:
-    """What an alert compares, without numbers: parts of its expression between comparisons at no depth of brackets."""
+    """The operands of an alert's comparisons without numbers. Comparisons inside brackets do not count."""
     flat, depth = "", 0
     for letter in expression:
         depth += {"(": 1, "{": 1, "[": 1, ")": -1, "}": -1, "]": -1}.get(letter, 0)

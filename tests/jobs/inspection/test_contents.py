@@ -122,10 +122,11 @@ def test_show_tells_all_of_a_row(root: str, tmp_path: Path, capsys: pytest.Captu
     assert document["image"] | {"path": ""} == {"path": "", "format": "png", "width": 32, "height": 32,
                                                 "bytes": len(sample.picture)}
     ids = np.load(Path(dataset.folder("neighbors/drawn"), "000001.ids.npy"))[10]
-    near = document["neighbors"]["drawn"]
-    assert [one["row"] for one in near] == [one for one in ids.tolist() if one >= 0]
-    others = lookup.samples(dataset, [one["row"] for one in near])
-    assert [(one["key"], one["caption"]) for one in near] == [(one.key, one.caption) for one in others]
+    neighbors = document["neighbors"]["drawn"]
+    assert [neighbor["row"] for neighbor in neighbors] == [row for row in ids.tolist() if row >= 0]
+    rows = lookup.samples(dataset, [neighbor["row"] for neighbor in neighbors])
+    assert [(neighbor["key"], neighbor["caption"]) for neighbor in neighbors] == [
+        (row.key, row.caption) for row in rows]
     assert not document["hidden"] and not document["forgotten"] and not document["published"]
     assert show_row(root, f"drawn/{document['name']}")["row"] == 60  # by its name in the source
     assert sample.caption in row_text(document)
@@ -138,7 +139,7 @@ def test_hidden_and_forgotten_rows_are_shown_as_such(root: str, tmp_path: Path) 
     run_stage(Tombstones(dataset, str(tmp_path / "keys")))
     hide_rows(dataset, [1], 0)
     shown = [show_row(root, f"flat/{key}") for key in keys]
-    assert [(one["hidden"], one["forgotten"]) for one in shown] == [(True, False), (True, True), (False, False)]
+    assert [(row["hidden"], row["forgotten"]) for row in shown] == [(True, False), (True, True), (False, False)]
 
 
 def test_a_row_that_was_left_out_is_shown_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

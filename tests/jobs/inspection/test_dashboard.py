@@ -1,4 +1,4 @@
-"""Dashboard, rules and scrape configuration, asked of a real Prometheus that watches a real run on a real cluster."""
+"""A real Prometheus watches a real run on a real cluster, and answers the queries of the dashboard and the rules."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ _NEEDS_GPU = ("ray_node_gpus_utilization", "ray_rdm_train_mfu")
 
 @needs_prometheus
 def test_rules_and_their_tests_pass() -> None:
-    """What each alert fires at, and what not, stands in rules_test.yaml."""
+    """rules_test.yaml has cases in which each alert fires, and cases in which it does not."""
     promtool = prometheus_server.binary("promtool")
     assert promtool
     for arguments in (["check", "rules", "rules.yaml"], ["check", "config", "prometheus.yaml"],
@@ -61,7 +61,7 @@ def test_each_alert_is_tested() -> None:
 
 
 def _corpus(folder: Path, pictures: Path) -> Path:
-    """The drawn images, and one that is none."""
+    """The synthetic images, and one file that is no image."""
     shutil.copytree(pictures, folder)
     (folder / "broken.png").write_text("no picture")
     return folder
@@ -114,7 +114,7 @@ def watched_run(cluster: Any, tmp_path_factory: pytest.TempPathFactory, drawn_pi
                 if not number:
                     write_prometheus_targets(folder)
             pool.close()
-            # One that stays under way: the others are so quick that nobody may have asked meanwhile.
+            # This stage stays unfinished. The others are so quick that Prometheus may not have scraped them before.
             config = ShardConfig(source=str(drawn_pictures), image_size=32, format="png", samples_per_shard=10)
             with pytest.raises(KeyboardInterrupt):
                 run_observed(Shard(Dataset.parse(root, "unfinished"), config), _run_until_interrupted)
@@ -163,7 +163,7 @@ def test_the_numbers_are_those_of_the_run(watched_run: Any) -> None:
         return {series["metric"]["stage"]: float(series["value"][1]) for series in server.query(
             f'sum by (stage) (ray_rdm_samples_total{{dataset="{NAME}", version="v1"}})')}
 
-    # Ray tells each second, and each second it is asked.
+    # Ray exports its metrics every second, and Prometheus scrapes them every second.
     prometheus_server.wait_until(lambda: counted_now().get("train") == STEPS * 8, "the last step was never seen")
     counted = counted_now()
     assert counted == {"shard": 144, "embed": 144, "index": 144, f"neighbors/{NAME}": 144, "train": STEPS * 8}

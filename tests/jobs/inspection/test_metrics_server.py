@@ -32,7 +32,7 @@ sys.exit(main(["status", "--root", sys.argv[2], "--serve", "0"]))
 
 
 class Server:
-    """A server at a port of its own."""
+    """A server at a free port."""
 
     def __init__(self, root: Path, padding: int = 0) -> None:
         self.process = subprocess.Popen([sys.executable, "-c", CODE, str(REQUEST_S), str(root), str(padding)],
@@ -164,7 +164,7 @@ def test_a_body_that_trickles_in_ends(server: Server) -> None:
 def test_connections_have_a_limit_and_come_back(server: Server) -> None:
     base = server.sockets()
     clients = [server.connect() for _ in range(150)]
-    # asyncio accepts a whole backlog at once, and closes refused connections while it accepts the next one.
+    # asyncio accepts a full backlog in one turn, and closes refused connections while it accepts the next one.
     assert server.sockets() - base <= 50 + 2 * prometheus._BACKLOG
     assert server.wait_for_sockets(base + 50, 5)
     for _ in range(10):

@@ -146,10 +146,10 @@ def test_prometheus_is_answered_when_nothing_runs(root: str) -> None:
     assert metrics['rdm_stage_left_out{dataset="flat",reason="cut",run="",stage="embed",version="v1"}'] == 1
     assert metrics['rdm_stage_sealed{dataset="flat",run="",stage="shard",version="v1"}'] == 1
     assert metrics['rdm_stage_stale{dataset="flat",run="",stage="index",version="v1"}'] == 1
-    drawn = '{dataset="drawn",run="",stage="index",version="v1"}'
-    assert (metrics[f"rdm_stage_published{drawn}"], metrics[f"rdm_stage_published{flat}"]) == (1, 0)
+    published = '{dataset="drawn",run="",stage="index",version="v1"}'
+    assert (metrics[f"rdm_stage_published{published}"], metrics[f"rdm_stage_published{flat}"]) == (1, 0)
     small = '{dataset="drawn",run="small",stage="train",version="v1"}'
-    assert (metrics[f"rdm_stage_failed{small}"], metrics[f"rdm_stage_failed{drawn}"]) == (1, 0)
+    assert (metrics[f"rdm_stage_failed{small}"], metrics[f"rdm_stage_failed{published}"]) == (1, 0)
     assert metrics['rdm_database_recall{dataset="drawn",version="v1"}'] == 0.95
     assert metrics['rdm_database_age_seconds{dataset="drawn",version="v1"}'] == pytest.approx(3 * 86400, abs=60)
     assert metrics['rdm_train_step{dataset="drawn",run="small",stage="train",version="v1"}'] == 3

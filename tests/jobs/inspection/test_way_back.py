@@ -1,4 +1,4 @@
-"""`verify` names the command that mends the first fault."""
+"""`verify` names the command that fixes the first fault."""
 
 from pathlib import Path
 

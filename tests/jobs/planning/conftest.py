@@ -22,7 +22,7 @@ from tests.jobs.planning.planned_run import SETTINGS
 
 @pytest.fixture(scope="session")
 def planned_root(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Path:
-    """144 drawn images through all stages, with neighbors by an index and by exact search, and a run."""
+    """144 synthetic images with all stages: neighbors by an index and by exact search, and a run."""
     folder = tmp_path_factory.mktemp("plan")
     dataset, twin = Dataset.parse(str(folder), "drawn"), Dataset.parse(str(folder), "twin")
     for stage in (Shard(dataset, replace(SETTINGS.shard, source=str(drawn_pictures))), Embed(dataset, SETTINGS.embed)):

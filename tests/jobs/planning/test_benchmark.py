@@ -65,7 +65,7 @@ def test_what_a_trial_measured_is_what_plan_takes(plan: list[str], drawn_picture
 @pytest.mark.ray
 @pytest.mark.slow
 def test_ray_workers_measure_pictures_that_they_draw_on_s3(plan: list[str], s3: str, tmp_path: Path) -> None:
-    # A cluster of its own, whose workers know the store.
+    # The shared cluster's workers do not know the store, so this command starts a new cluster.
     completed = subprocess.run([sys.executable, "-m", "jobs", *plan, "--root", f"{s3}/root", "--measure-workers", "2",
                                 "--seconds", "1"], capture_output=True, text=True, timeout=300,
                                env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"})

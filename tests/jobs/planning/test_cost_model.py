@@ -103,7 +103,7 @@ def test_exact_neighbours_are_products_choices_and_rows_that_are_read(known: Rat
     assert exact_seconds(1000, 500) == pytest.approx(
         2 * 1000 * 500 * 256 / rate.flop_per_s + 1000 * 500 / rate.chosen_per_s + 1000 / rate.queries_per_s
         + (20 + 1) * 500 / rate.rows_per_s)  # twenty shards are searched alone, by one worker
-    # Of later blocks hardly a row is chosen: each e times as many blocks are as much work as the first.
+    # Few rows of later blocks enter the k best. The work of choosing grows with the logarithm of the blocks.
     small, large = (exact_amounts(1, 8192 * blocks, 1, 1, 1, False)["chosen_per_s"] for blocks in (1, 1000))
     assert small == 8192 and large == pytest.approx(8192 * (1 + math.log(1000)))
 

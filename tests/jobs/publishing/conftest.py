@@ -11,7 +11,7 @@ from tests.pipeline import synthetic
 
 @pytest.fixture(scope="session")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a source of 72 drawn images, and a root with the version made of it; to be copied."""
+    """A folder with a source of 72 synthetic images, and a root with the version made of it; copy it before use."""
     folder = tmp_path_factory.mktemp("first")
     synthetic.drawings(folder / "source")
     rebuild(folder / "root", folder / "source")

@@ -1,4 +1,4 @@
-"""A published dataset of drawn images, and changes to its source."""
+"""A published dataset of synthetic images, and changes to its source."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ SHARD = ShardConfig(image_size=32, format="png", samples_per_shard=30)
 
 def make_rebuild(root: Path | str, source: Path | str, shard: ShardConfig = SHARD, key: str = "",
                  **settings: Any) -> Rebuild:
-    """A rebuild of a folder of drawn images."""
+    """A rebuild of a folder of synthetic images."""
     return Rebuild(str(root), NAME, replace(shard, source=(str(source),)), EmbedConfig(),
                    IndexConfig(bytes_per_vector=288, key=key), RebuildConfig(**settings))
 

@@ -194,14 +194,14 @@ def test_equal_rebuilds_that_seal_together_publish_one_whole_version(place: Path
 
 def test_gc_removes_what_killed_commands_left_in_other_datasets_and_in_runs(tmp_path: Path) -> None:
     folders = ("", "takedowns", f"published/{NAME}", "datasets/other/v1/shards/records", "runs/one/checkpoints/0000002")
-    left = [tmp_path / folder / ".000000.json.0123456789abcdef" for folder in folders]
-    for path in left:
+    leftovers = [tmp_path / folder / ".000000.json.0123456789abcdef" for folder in folders]
+    for path in leftovers:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         os.utime(path, (time.time() - 7200,) * 2)
     with pytest.raises(ValueError, match=f"nothing of {NAME} is published"):
         collect_garbage(str(tmp_path), NAME, GcConfig())
-    assert [path for path in left if path.exists()] == []
+    assert [path for path in leftovers if path.exists()] == []
 
 
 def test_a_mark_alone_removes_no_version_that_stays(place: Path, caplog: pytest.LogCaptureFixture) -> None:

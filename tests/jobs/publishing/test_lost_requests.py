@@ -27,8 +27,8 @@ def test_no_request_takes_the_number_of_a_lost_one(place: Path, lost: list[str],
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     root = place / "root"
     at = ["--root", str(root)]
-    gone = [_rows(root, "v1")[row]["sha256"] for row in (4, 9)]
-    for sha256 in gone:
+    forgotten = [_rows(root, "v1")[row]["sha256"] for row in (4, 9)]
+    for sha256 in forgotten:
         assert main(["forget", "--sha256", sha256, *at]) == 0
     for name in lost:
         path = root / name
@@ -53,7 +53,7 @@ def test_no_request_takes_the_number_of_a_lost_one(place: Path, lost: list[str],
     assert main(["verify", "--quick", *at]) == 0
     # The versions still know which images they hide.
     assert rebuild(root, place / "source")["forgotten"] == 2
-    assert not {row["sha256"] for row in _rows(root, "v2")} & set(gone)
+    assert not {row["sha256"] for row in _rows(root, "v2")} & set(forgotten)
 
 
 @pytest.mark.parametrize("versions", [2, 1])

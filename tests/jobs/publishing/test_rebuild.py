@@ -142,7 +142,7 @@ def test_half_of_it_noise_stays_out(place: Path, capsys: pytest.CaptureFixture[s
     write_report(root, f"{root}/report.html")
     for text in (*tables, (place / "root/report.html").read_text()):
         assert "stopped by lost, overlap@10" in text
-    # Whoever knows better may say so; nothing is made again.
+    # A user may lower the gates. Then nothing is computed again.
     assert main([*command, "--max-lost", "1", "--min-overlap", "0"]) == 0
     assert published_dataset(place / "root").version == "v2"
 
@@ -296,8 +296,8 @@ def test_files_that_are_gone_and_that_a_table_names_count_as_removed(place: Path
     captions = place / "source" / "captions.csv"
     last = captions.read_text().splitlines()[-1]
     captions.write_text(captions.read_text() + f"never.png,{last.partition(',')[2]}\n")
-    made = rebuild(place / "root", place / "source")
-    assert {name: made[name] for name in ("kept", "added", "changed", "removed")} == {
+    summary = rebuild(place / "root", place / "source")
+    assert {name: summary[name] for name in ("kept", "added", "changed", "removed")} == {
         "kept": 70, "added": 1, "changed": 0, "removed": 2}
     assert "3 images that captions.csv names are not in the folder, the first is " in caplog.text
     caplog.clear()

@@ -64,7 +64,7 @@ def test_who_changes_a_published_version_is_found_out(place: Path, capsys: pytes
     with pytest.raises(ValueError, match="is not the file its manifest describes"):
         Embeddings(Dataset(held.root, held.name, held.version, (*held.trusted, ("other", "process"))))
     assert main(["verify", "--against", "current", "--root", root]) == 1
-    # Somebody who is careful changes the manifests too: a few vectors are poisoned, everything else fits.
+    # A careful attacker replaces a few vectors and changes the manifests to fit.
     vectors = np.load(io.BytesIO(whole))
     vectors[:3] = vectors[5]
     file.write_bytes(synthetic.npy(vectors))

@@ -44,9 +44,9 @@ def test_style_is_a_rebuild_and_its_repetition_the_next_version(
         tmp_path: Path, source: Path, run: Callable[..., tuple[dict, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
-    made, log = run("style", "mine", "--source", str(source), "--root", first)
-    assert made["published"] == "v1" and made["embedded"] == 12
-    assert {"imports", "source", "shard", "embed", "index", "publish"} == made["seconds"].keys()
+    report, log = run("style", "mine", "--source", str(source), "--root", first)
+    assert report["published"] == "v1" and report["embedded"] == 12
+    assert {"imports", "source", "shard", "embed", "index", "publish"} == report["seconds"].keys()
     assert "was trained on emoji" in log
     run("rebuild", "mine", "--source", str(source), "--root", second, "--recipe", "style", "--local")
     folder = "datasets/mine/v1"
@@ -70,12 +70,12 @@ def test_words_alone_are_sampled_with_the_bundled_model(
     words = ("sample", "a tree", "--database", "mine", "--steps", "2", "--root", root)
     waits, _ = run(*words, "--dry-run")
     assert waits["waits_for"].endswith("runs/emoji_32") and not Path(root, "runs").exists()
-    made, log = run(*words)
+    report, log = run(*words)
     assert "'a tree' with the run emoji_32" in log
-    document = json.loads(Path(made["folder"], "samples.json").read_text())
+    document = json.loads(Path(report["folder"], "samples.json").read_text())
     assert [picture["prompt"] for picture in document["pictures"]] == ["a tree"]
     named, _ = run("sample", "emoji_32", "--prompt", "a tree", *words[2:])
-    assert named["folder"] == made["folder"]
+    assert named["folder"] == report["folder"]
     _, log = run("sample", "emoji_32", "--database", "mine", "--root", root, code=2)
     assert "sample needs databases, and prompts" in log  # it is the name of a run, so it is no prompt
     _, log = run("sample", "a tree", "--root", root, code=2)
@@ -84,7 +84,7 @@ def test_words_alone_are_sampled_with_the_bundled_model(
     run("style", "mine", "--source", str(source), "--root", root)
     keep = ("gc", "mine", "--keep", "0", "--lease", "0", "--dry-run", "--root", root)
     assert main([*keep, "--json"]) == 0
-    sample = str(Path(made["folder"]).relative_to(root))
+    sample = str(Path(report["folder"]).relative_to(root))
     assert main([*keep]) == 0
     first, _, table = capsys.readouterr().out.partition("v1  ")
     assert [entry.get("samples") for entry in json.loads(first)] == [[sample], None]
@@ -167,5 +167,5 @@ def test_the_encoder_of_the_published_version_stays(source: Path, tmp_path: Path
     place = ("--source", str(source), "--root", str(tmp_path / "root"), "--local")
     run("rebuild", "mine", *place, "--embed.pretrained", "random", "--min-recall", "0")
     paint(source / "one-more.png", 1)
-    made, log = run("rebuild", "mine", *place, "--min-recall", "0", "--min-overlap", "0")
-    assert made["published"] == "v2" and made["reused"] == 12 and "--embed.pretrained random" in log
+    report, log = run("rebuild", "mine", *place, "--min-recall", "0", "--min-overlap", "0")
+    assert report["published"] == "v2" and report["reused"] == 12 and "--embed.pretrained random" in log

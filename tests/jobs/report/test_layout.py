@@ -97,13 +97,13 @@ def test_nothing_is_wider_than_the_page(root: Path, tmp_path: Path, width: int, 
         const box = one.getBoundingClientRect(); return [Math.round(box.width), Math.round(box.height)]; }}),
       rows: [...document.querySelectorAll(".sheet, .neighbors tbody")].map(
         one => [...new Set([...one.querySelectorAll("img")].map(img => img.clientHeight))])}})"""
-    found: dict[str, Any] = evaluate(root / "report.html", tmp_path / "profile", script, width=width, scheme=scheme)
-    assert found["page"] <= found["window"] == width and found["outside"] == 0
-    assert found["scrolls"] and max(found["scrolls"]) <= 0, "eight styles do not fit"
-    assert len(found["images"]) == 2 * 4 * 8 * 5 + 3 * 8
-    assert all(size[0] == size[1] >= 16 for size in found["images"])
-    assert len(found["rows"]) == 2 and all(len(heights) == 1 for heights in found["rows"])
-    darkness = sum(map(int, found["paper"].removeprefix("rgb(").removesuffix(")").split(",")))
+    measured: dict[str, Any] = evaluate(root / "report.html", tmp_path / "profile", script, width=width, scheme=scheme)
+    assert measured["page"] <= measured["window"] == width and measured["outside"] == 0
+    assert measured["scrolls"] and max(measured["scrolls"]) <= 0, "eight styles do not fit"
+    assert len(measured["images"]) == 2 * 4 * 8 * 5 + 3 * 8
+    assert all(size[0] == size[1] >= 16 for size in measured["images"])
+    assert len(measured["rows"]) == 2 and all(len(heights) == 1 for heights in measured["rows"])
+    darkness = sum(map(int, measured["paper"].removeprefix("rgb(").removesuffix(")").split(",")))
     assert darkness < 150 if scheme == "dark" else darkness > 700
 
 
@@ -120,7 +120,7 @@ def test_failures_stand_at_the_top(root: Path, tmp_path: Path) -> None:
     report.write_report(str(tmp_path), str(tmp_path / "report.html"))
     script = f"""({{...{WIDTHS}, top: document.querySelector(".failures").getBoundingClientRect().top,
                   text: document.querySelector(".failures").innerText}})"""
-    found = evaluate(tmp_path / "report.html", tmp_path / "profile", script, width=390)
-    assert found["page"] <= 390 and found["outside"] == 0 and found["top"] < 250
-    assert found["text"].startswith("2 failures")
-    assert "embeddings 1 failed item" in found["text"] and "neighbors/shapes damaged" in found["text"]
+    measured = evaluate(tmp_path / "report.html", tmp_path / "profile", script, width=390)
+    assert measured["page"] <= 390 and measured["outside"] == 0 and measured["top"] < 250
+    assert measured["text"].startswith("2 failures")
+    assert "embeddings 1 failed item" in measured["text"] and "neighbors/shapes damaged" in measured["text"]

@@ -70,7 +70,7 @@ def report_page(root: Path) -> str:
 
 
 def shards(root: Path, name: str, pictures: Path) -> Dataset:
-    """A dataset of drawn images, some with hostile captions, one undecodable, one held out."""
+    """A dataset of synthetic images: some have hostile captions, one is undecodable, one is held out."""
     source = root / "source" / name
     source.mkdir(parents=True)
     with open(source / "captions.csv", "w", newline="") as file:

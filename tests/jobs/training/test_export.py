@@ -1,4 +1,4 @@
-"""A trained network that is carried to another root draws the same images there."""
+"""A trained network that is copied to another root generates the same images there."""
 
 import json
 import shutil

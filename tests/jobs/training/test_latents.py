@@ -88,7 +88,7 @@ def test_a_row_of_the_latents_is_the_picture_of_that_row_encoded_and_scaled(root
             dataset.fetch("shards", file_of(shard, ".tar")))])
         if number == 0:
             x = torch.from_numpy(pictures[:8]).permute(0, 3, 1, 2).float() / 127.5 - 1
-            # Nobody gave a factor: it is that which makes the first batch's deviation one.
+            # The settings give no factor, so it is the factor that makes the first batch's deviation 1.
             assert about["scale"] == pytest.approx(1 / float(network.moments(x)[0].numpy().astype(np.float16)
                                                              .astype(np.float32).std()), rel=1e-5)
         for position in (0, len(pictures) - 1):
@@ -291,7 +291,7 @@ def test_an_exported_run_on_latents_draws_where_its_first_stage_never_was(
     latents.open_first_stage_on.cache_clear()
     shutil.copytree(root / "datasets", other_root / "datasets")
     assert main(["convert", "brought", "--checkpoint", str(out), "--root", str(other_root)]) == 0
-    # What was brought can be carried on, and is drawn with where neither the folder nor the export is any more.
+    # An imported run can be exported again. Sampling with it needs neither the first folder nor the first export.
     assert main(["export", "brought", "--out", str(tmp_path / "further"), "--root", str(other_root)]) == 0
     shutil.move(out, tmp_path / "moved")
     converted_image = sampled_image(other_root, "brought")

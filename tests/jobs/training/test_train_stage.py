@@ -292,7 +292,7 @@ def test_with_a_node_lost_it_goes_on_with_fewer_and_takes_it_back(root: Path, cl
         kept_step = run.latest_step()
         cluster.remove_node(node, allow_graceful=False)
         _wait_for_size(run, 2, process)
-        # What was done since the last checkpoint is done again, and nothing before it.
+        # Training repeats the steps since the last checkpoint, and no step before it.
         assert kept_step <= _sizes(run).index(2) and _sizes(run).index(2) % 5 == 0
         node = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
         _wait_for_size(run, 3, process)

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
-def trained(template: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def finished(template: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A copy of the template with a first stage and a run, and a server that has imported what these need."""
     with tempfile.TemporaryDirectory(prefix="rdm-runs-") as folder, serve_commands(Path(folder), *_MODULES) as commands:
         yield make_trained(template, commands, tmp_path_factory.mktemp("trained") / "place")
@@ -31,9 +31,9 @@ def _results(place: Place) -> dict[str, Any]:
     return {path: manifest.get("content") or without_run_facts(manifest) for path, manifest in manifests.items()}
 
 
-def kill_at(trained: Place, folder: Path, verb: str, number: int, expected: dict[str, Any], bucket: str = "") -> bool:
+def kill_at(finished: Place, folder: Path, verb: str, number: int, expected: dict[str, Any], bucket: str = "") -> bool:
     """Kill a verb before one of its writes, run it again, and check the laws; False if it ended before that write."""
-    place = copy_place(trained, folder, bucket)
+    place = copy_place(finished, folder, bucket)
     killed = place.commands.run(place.folder, place.root, place.arguments(verb), kill=number)
     if killed.code is not None:
         return False
@@ -45,17 +45,17 @@ def kill_at(trained: Place, folder: Path, verb: str, number: int, expected: dict
 
 
 @pytest.mark.parametrize("verb", RUNS)
-def test_killed_before_every_write(trained: Place, tmp_path: Path, verb: str) -> None:
+def test_killed_before_every_write(finished: Place, tmp_path: Path, verb: str) -> None:
     """RDM_SWEEP_STRIDE=3 kills before every third write only."""
-    whole = copy_place(trained, tmp_path / "whole")
+    whole = copy_place(finished, tmp_path / "whole")
     whole.run(whole.arguments(verb))
     expected = _results(whole)
-    assert len(expected) > len(_results(trained))
-    sweep(lambda number: kill_at(trained, tmp_path / str(number), verb, number, expected))
+    assert len(expected) > len(_results(finished))
+    sweep(lambda number: kill_at(finished, tmp_path / str(number), verb, number, expected))
 
 
 @pytest.mark.parametrize("verb", RUNS)
-def test_killed_on_s3(trained: Place, tmp_path: Path, s3: str, verb: str) -> None:
+def test_killed_on_s3(finished: Place, tmp_path: Path, s3: str, verb: str) -> None:
     """A spread of four writes. RDM_SWEEP_STRIDE=1 kills before every one."""
-    writes = count_writes(trained, tmp_path / "whole", verb, s3)
-    sweep(lambda number: kill_at(trained, tmp_path / str(number), verb, number, {}, s3), stride=max(writes // 4, 1))
+    writes = count_writes(finished, tmp_path / "whole", verb, s3)
+    sweep(lambda number: kill_at(finished, tmp_path / str(number), verb, number, {}, s3), stride=max(writes // 4, 1))

@@ -25,7 +25,7 @@ ray = pytest.mark.ray
 
 
 def image_urls(address: str, count: int) -> list[str]:
-    """Addresses of images, each another."""
+    """Distinct URLs of images."""
     return [f"http://{address}/{number % PICTURES}.jpg?{number}" for number in range(count)]
 
 
@@ -84,7 +84,7 @@ def undisturbed_files(tmp_path: Path, source: Path, address: str, *more: str) ->
 
 
 def wait_until(condition: Callable[[], Any], process: "subprocess.Popen[str] | None" = None) -> Any:
-    """What the condition gives as soon as it gives something."""
+    """The first true value of the condition; AssertionError after two minutes, or if the process ends before."""
     end = time.monotonic() + 120
     while time.monotonic() < end:
         if outcome := condition():

@@ -25,8 +25,8 @@ from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Outcome
 from pipeline.versions import verify
 
-UNINDEXED = "datasets/heldout/v1/index"  # nobody searches in what is held out
-# A network and a corpus that take seconds; the way is the demo's.
+UNINDEXED = "datasets/heldout/v1/index"  # the held-out images are queries only
+# The stages are the demo's, with a corpus and a network that take seconds.
 SETTINGS = """
 [pictures]
 size = 32
@@ -61,7 +61,7 @@ def settings_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, settings_file: Path) -> Path:
-    """The root of a demo that nobody disturbed, in one process."""
+    """The root of an undisturbed demo in one process."""
     root = tmp_path_factory.mktemp("undisturbed")
     assert main(_arguments(root, settings_file, "--local")) == 0
     return root
@@ -141,7 +141,7 @@ def _wait_for_file(path: Path, process: "subprocess.Popen[bytes]") -> None:
 
 @pytest.fixture
 def doomed_cluster() -> Iterator[Any]:
-    """A Ray cluster in processes of its own session, to be killed whole."""
+    """A Ray cluster in a new session, so that all its processes can be killed."""
     from ray.cluster_utils import Cluster
     ray_cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "object_store_memory": 100 << 20,
                                                                 "include_dashboard": False})

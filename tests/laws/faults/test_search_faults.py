@@ -1,6 +1,6 @@
-"""The stages from tars to neighbors while workers are killed, and embeddings that are not what they should be.
+"""The stages from tars to neighbors while workers are killed, and while embeddings are damaged.
 
-Afterwards the files are, byte for byte, those of a run that nobody disturbed; what is wrong is refused or counted.
+Afterwards the files have the bytes of an undisturbed run. Damaged input is refused or counted.
 """
 
 import contextlib

@@ -118,7 +118,7 @@ def test_two_drivers_on_one_folder_share_the_work(way: str, tmp_path: Path, addr
     assert [process.returncode for process in both] == [0, 0], said
     totals = [json.loads(out) for out, _ in said]
     assert totals[0] == totals[1]
-    # Of twelve items, both may have had the last ones in hand at once, and a few by chance.
+    # There are twelve items. Both drivers may process the last ones, and by chance a few others.
     assert web_server.seen(address)["requests"] <= 1.7 * 240
     checked_manifest(tmp_path / "root", 240)
     assert files(tmp_path / "root") == undisturbed_files(tmp_path, source, address)

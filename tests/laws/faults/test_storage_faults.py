@@ -68,7 +68,7 @@ def test_a_full_disk_is_named_and_spoils_nothing(size: str, small_disk: Any, tmp
     for name in storage.list_files(storage.join(shards_folder(root), "records")):
         for entry in storage.read_json(storage.join(shards_folder(root), "records", name))["files"]:
             assert entry == storage.describe_file(entry["name"], Path(shards_folder(root)) / entry["name"])
-    # What is there is whole, and nothing else is.
+    # No partial files are left.
     assert list(root.rglob(".*")) == [] and not storage.exists(storage.join(shards_folder(root), "manifest.json"))
     small_disk("64m")
     assert main(command) == 0

@@ -95,7 +95,7 @@ def test_passwords_in_addresses_appear_nowhere(tmp_path, image_site, kind):
     import gzip
     rows = [{"url": url, "caption": f"row {number}", "mirror": url} for number, url in enumerate((
         f"http://somebody:hidden-word@{image_site}/00.png",
-        # This server wants to be told what it shall be asked for: escaped, so that it is not found below.
+        # The test server needs the expected credentials in the query. Escapes keep them out of the search below.
         f"http://somebody:hidden-word@{image_site}/private?%73omebody:%68idden-word",
         f"http://somebody:hidden-word@{image_site}/absent.png", f"http://hidden-word@{image_site}/text.jpg",
         f"http://{image_site}/01.png", f"http://somebody:hidden%2Dword@{image_site}/garbage", "http://a:hidden-word@[::1/",

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 def blot(number: int, shade: int = 0) -> Image.Image:
-    """An image of its own for each number, a little darker with `shade`."""
+    """A different image for each number, a little darker with `shade`."""
     rng = np.random.default_rng(number)
     image = Image.new("RGB", (64, 64), tuple(map(int, rng.integers(0, 256, 3))))
     draw = ImageDraw.Draw(image)

@@ -85,7 +85,7 @@ def test_ddim_recovers_a_gaussian(prediction, guidance, mean):
 
 
 def _exact(config, noise, level, last, mean, std):
-    """Where the flow of the ideal denoiser takes x_T: it keeps (x_t - alpha_t m) over the deviation of x_t."""
+    """End point of x_T in the flow of the ideal denoiser, which keeps (x_t - alpha_t m) over the deviation of x_t."""
     (a, b), (s, r) = (values[[level, last]].tolist() for values in amplitudes(config))
     if config.prediction == "flow":
         b, r = 1.0, 0.0
@@ -127,7 +127,7 @@ def test_levels_fall_from_step_to_step(prediction, sampler, steps):
     assert all(later < earlier for earlier, later in itertools.pairwise(levels))
 
 
-def test_fresh_noise_keeps_the_distribution_and_changes_the_picture():
+def test_fresh_noise_keeps_the_distribution_and_changes_the_image():
     config = DiffusionConfig()
     denoiser, noise = Gaussian(config, 0.3, 0.4), initial_noise(3, range(16), (3, 16, 16))
 
@@ -138,21 +138,24 @@ def test_fresh_noise_keeps_the_distribution_and_changes_the_picture():
     still, anew, other = draw(0.0), draw(1.0), draw(1.0, seed=1)
     assert abs(anew.mean().item() - 0.3) < 0.02 and abs(anew.std().item() - 0.4) < 0.03
     assert torch.equal(anew, draw(1.0)) and not torch.equal(anew, other)
-    # With all of it drawn again, little is left of what it began with.
+    # eta = 1 replaces all noise, so little of the first noise is left.
     def alike(a, b):
         return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
     assert alike(still, noise) > 0.99 and alike(anew, noise) < 0.2
 
 
 class Mixed(Gaussian):
-    """An ideal denoiser whose mean is that of the first context vector plus half of that of all."""
+    """An ideal denoiser for a Gaussian with the mean f + (a - f) / 2.
+
+    f is the mean of the first context vector, which stands for the prompt; a is the mean of all context vectors.
+    """
 
     def __call__(self, x, t, context):
         mean = context[:, :1].mean(1) + 0.5 * (context.mean(1) - context[:, :1].mean(1))
         return super().__call__(x, t, mean[:, None])
 
 
-def test_prompt_and_neighbours_have_scales_of_their_own():
+def test_prompt_and_neighbors_have_separate_guidance_scales():
     config = DiffusionConfig()
     context = torch.cat([torch.ones(8, 1, 4), 3 * torch.ones(8, 3, 4)], 1)  # means 1 and 2.5: mixed 1.75
     noise = initial_noise(3, range(8), (3, 16, 16))
@@ -165,7 +168,7 @@ def test_prompt_and_neighbours_have_scales_of_their_own():
     images, calls = draw(2.0)
     same_images, calls_of_same = draw(Guidance(2.0, 2.0))
     assert torch.equal(images, same_images) and calls == calls_of_same == 2
-    # For nobody the mean is 0, for the prompt 0.1, for both 0.175.
+    # The mean is 0 for the null condition, 0.1 for the prompt, and 0.175 for both.
     for text, neighbors in ((1.0, 0.0), (2.0, 1.0), (0.0, 3.0)):
         out, calls = draw(Guidance(text, neighbors))
         assert calls == 3
@@ -185,8 +188,8 @@ def test_settings_that_disagree_are_refused(prediction, more, said):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0", "flow"])
-def test_min_snr_weighs_every_target_as_the_picture_it_stands_for(prediction):
-    # An answer that is off by so much that x0 is off by 0.1 costs 0.01 min(SNR, 5), whatever is predicted.
+def test_min_snr_gives_every_target_the_weight_of_its_x0_error(prediction):
+    # An error of 0.1 in x0 costs 0.01 min(SNR, 5) for every prediction target.
     config = DiffusionConfig(prediction=prediction, min_snr=5.0)
     x0, eps = torch.rand(6, 3, 4, 4) * 2 - 1, torch.randn(6, 3, 4, 4)
     t = torch.tensor([20, 100, 300, 500, 700, 900])

@@ -59,7 +59,7 @@ def test_resumed_is_never_stopped(tmp_path):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# Of eight images three processes have 2, 3 and 3. Half-way runs begin with a checkpoint of a single process.
+# Three processes have 2, 3 and 3 of eight images. Half-way runs begin with a checkpoint of a single process.
 @pytest.mark.parametrize(("world", "way", "half_way"), [(2, "ddp", False), (3, "ddp", True),
                                                         pytest.param(2, "fsdp", False, marks=pytest.mark.slow),
                                                         pytest.param(2, "fsdp", True, marks=pytest.mark.slow),

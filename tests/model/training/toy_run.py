@@ -35,7 +35,7 @@ def config(**changes) -> TrainConfig:
 
 
 def batches(global_batch: int, rank: int = 0, world: int = 1, shuffled: bool = False):
-    """batch_at of this rank: a hidden code draws the image, and the neighbors lie around it."""
+    """batch_at of this rank. A hidden code determines the image, and the neighbors are near the code."""
     drawing = np.random.default_rng(0).standard_normal((CODE, SIDE * SIDE * 3))
 
     def batch_at(step: int) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """One process of a shared toy run: `python train_process.py RANK WORLD PORT FOLDER ddp|fsdp`.
 
-It goes on from FOLDER/0000002 if that is there.
+It resumes from FOLDER/0000002 if that exists.
 """
 
 import json
@@ -30,7 +30,7 @@ def main(rank: int, world: int, port: int, folder: Path, fsdp: bool) -> None:
         device="cpu",
         save=lambda step, write: write(folder / f"{step:07d}"),
         log=records.append,
-        # Only one process is told to stop, after the fourth step: both must.
+        # One process gets the signal to stop after the fourth step, and all must stop then.
         stop=iter([rank == world - 1 and step == 3 for step in range(2 if started.exists() else 0, 5)]).__next__,
         resume=started if started.exists() else None,
     )

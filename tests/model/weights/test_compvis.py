@@ -1,7 +1,7 @@
-"""Released checkpoints: every name accounted for, and what the networks answer is what the published code answered.
+"""Released checkpoints: every name is accounted for, and the networks give the outputs of the published code.
 
-`golden/` holds random weights under the names of the release, and what CompVis's code (latent-diffusion at a506df5)
-makes of some inputs with them, in float32 on a CPU.
+`golden/` has random weights under the names of the release, some inputs, and the outputs of CompVis's code
+(latent-diffusion at a506df5) for them, in float32 on a CPU.
 """
 
 import json
@@ -128,7 +128,7 @@ def test_a_whole_checkpoint_is_read_with_its_average_and_its_schedule(small, tmp
 
 
 class Callback:
-    """What a trainer pickles beside the weights; unpickling it as it is leaves a file behind."""
+    """An object that a trainer pickles beside the weights. Unpickling it makes a file."""
 
     def __init__(self, path):
         self.path = path

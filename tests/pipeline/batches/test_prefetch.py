@@ -11,7 +11,7 @@ from pipeline.batches.prefetch import Prefetcher
 
 
 class OpenFile:
-    """What is opened, to be referred to weakly."""
+    """An opened object of a class, because weak references need one."""
 
     def __init__(self, number: int) -> None:
         self.number = number

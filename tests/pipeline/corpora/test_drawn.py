@@ -92,7 +92,7 @@ def test_no_picture_is_blank_or_touches_every_edge():
 
 
 def test_styles_are_truly_different(corpus):
-    """Each style is told from the others by simple statistics of its pixels."""
+    """Simple statistics of the pixels distinguish each style from the others."""
     statistics = {}
     for style in corpus.styles:
         pictures = [picture for picture in corpus.pictures if picture.style == style][::8]

@@ -21,7 +21,7 @@ MANY = [f"thing-{number}" for number in range(200)]
 
 
 def icon_set(style: str) -> dict:
-    """A tiny package: one drawing of its own per subject, so that none stands for two."""
+    """A tiny package with a different drawing per subject, so that no image has two subjects."""
     names = ["red-apple", "ghost", "police-car", "police-car-light", "black-flag", "flag-chad"]
     names += [f"baby{tone}" for tone in ("", "-light", "-medium", "-medium-dark", "-dark")]
     names += ["boy", "boy-medium-skin-tone", "breast-feeding-tone1", *MANY]
@@ -223,7 +223,7 @@ def test_sources_state_every_licence(tmp_path, sets):
 
 @pytest.fixture
 def registry(tmp_path, sets, monkeypatch) -> Path:
-    """A folder that an `npm` of our own packs from; it logs what it was asked for."""
+    """A folder that a script named `npm` packs from. The script logs its requests."""
     shelf = pack_all(tmp_path / "registry", sets)
     binaries = tmp_path / "bin"
     binaries.mkdir()

@@ -37,7 +37,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Names:
 
 @pytest.fixture
 def connected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """IP addresses that were connected to. Those outside this machine refuse the connection."""
+    """The IPs that were connected to. Other machines refuse the connection."""
     seen: list[str] = []
     real = socket.socket.connect
 

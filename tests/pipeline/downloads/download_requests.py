@@ -1,4 +1,4 @@
-"""Requests to the test server through the downloader, and host names with invented addresses."""
+"""Requests to the test server through the downloader, and a name server that invents IPs for host names."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ def config(**options) -> DownloadConfig:
 
 
 def results(urls: list[str], **options) -> list[bytes | str]:
-    """The bodies of all at once; of those that are refused, the reason and detail."""
+    """Fetch all URLs together. A result is the body, or `REASON: DETAIL` if the URL is refused."""
     async def body_or_reason(downloader: Downloader, url: str) -> bytes | str:
         try:
             return await downloader.get(url)
@@ -77,7 +77,7 @@ class Names:
 
 
 def run(script: str, *arguments: str, **environment: str) -> str:
-    """What a script prints, in a process of its own that complains about everything."""
+    """Standard output of a script in a new process, in which every warning is an error."""
     done = subprocess.run([sys.executable, "-W", "error", "-c", textwrap.dedent(script), *arguments],
                           capture_output=True, text=True, env=os.environ | environment, timeout=60)
     assert done.returncode == 0 and not done.stderr, done.stderr

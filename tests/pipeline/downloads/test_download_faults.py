@@ -189,7 +189,7 @@ def test_spoiled_answers_give_bytes_or_a_reason(site):
         urls.append(f"http://{site}/raw?{quote_from_bytes(bytes(data))}")
     outcomes = Counter(result.partition(":")[0] if isinstance(result, str) else "bytes" for result in results(
         urls, connections=64, read_timeout=1.0))
-    gc.collect()  # a task whose error nobody has looked at complains when it goes
+    gc.collect()  # asyncio reports a task with an unread error when the task is freed
     assert outcomes["bytes"] > 100 and outcomes["protocol"] > 100 and outcomes["connect"] > 10
     known = {"bytes", "bad_url", "forbidden_address", "dns", "connect", "timeout", "cut", "too_large", "robots",
              "too_many_redirects", "protocol"}

@@ -29,12 +29,12 @@ def test_bodies_come_as_they_are(site):
     assert get(f"http://{site}/gzipped?close&file=zeros.jpg") == FILES["zeros.jpg"]
     assert get(f"http://{site}/type-lie?file=a.jpg") == FILES["a.jpg"]
     assert get(f"http://{site}/long?file=large.jpg") == FILES["large.jpg"]
-    # What comes in one piece with its headers, aiohttp rejects as a whole.
+    # If the body arrives together with the headers, aiohttp rejects the answer.
     assert results([f"http://{site}/long"])[0] in {web_server.BODY, "protocol: malformed answer (BadStatusLine)"}
 
 
 def test_what_a_server_is_told(site, monkeypatch, tmp_path):
-    (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password secret\n")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -145,7 +145,7 @@ def test_certificates_are_checked(site, certificate):
 
 
 def test_a_session_leaves_nothing_behind(site, certificate):
-    """Every loop of its own, over TLS and not, whatever was left unread; warnings are errors here."""
+    """Each URL has a new event loop, with and without TLS; some answers stay partly unread. Warnings are errors."""
     script = """
         import asyncio, gc, sys
         from pipeline.downloads.config import DownloadConfig

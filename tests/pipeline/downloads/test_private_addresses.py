@@ -1,4 +1,4 @@
-"""Private addresses are refused in URLs and behind names, however they are written."""
+"""Private IPs are refused in URLs and behind host names, in every notation."""
 
 import ipaddress
 
@@ -58,7 +58,7 @@ def test_spellings_that_a_browser_reads_as_this_machine(connected, host):
     "LOCALHOST",
 ])
 def test_other_names_of_this_machine(connected, host):
-    """No name server of the test's own: it is the system's resolver that might take these for addresses."""
+    """These use the system's resolver, because it may read such names as IPs."""
     assert reason(f"http://{host}/", allow_hosts=()) == "forbidden_address"
     assert reason(f"http://{host}/", allow_hosts=("127.0.0.1",)) == "forbidden_address"
     assert not connected

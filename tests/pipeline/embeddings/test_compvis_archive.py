@@ -83,7 +83,7 @@ def test_each_vector_comes_to_its_patch(name: str, patched: Any, tmp_path: Path)
     manifest = run_stage(AdoptEmbeddings(dataset, CONFIG, str(folder)))
     adopted = Embeddings(dataset).all().astype(np.float32)
     assert np.abs(adopted - vectors.astype(np.float32)).max() < 1e-3 and not manifest["totals"]["noted"]
-    # Sharp: patches of one image are told apart.
+    # The comparison distinguishes patches of one image.
     assert np.abs(adopted[0] - vectors[1].astype(np.float32)).max() > 1e-2
     assert manifest["section"]["adopted"] == "compvis"
     assert list(verify.find_faults(dataset.root, dataset.path("embeddings"))) == []
@@ -164,7 +164,7 @@ def test_vectors_that_are_none_are_counted(patched: Any, tmp_path: Path) -> None
 
 
 class Trap:
-    """Whoever unpickles it writes a file."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -162,7 +162,7 @@ def test_the_description_is_of_what_was_loaded():
 
 @pytest.mark.parametrize("model", ["ViT-B-16-SigLIP-256", "ViT-L-14", "ViT-B-32"])
 def test_the_description_has_the_preprocessing_of_the_tag(model, tmp_path, monkeypatch):
-    """Told from names alone: these weights are too large to fetch."""
+    """The description follows from the names alone, because these weights are too large to fetch."""
     tag = open_clip.list_pretrained_tags_by_model(model)[0]
     (tmp_path / "w").write_bytes(b"weights")
     monkeypatch.setattr(clip_weights, "is_offered", lambda *_: False)
@@ -196,7 +196,7 @@ def test_two_runs_give_the_same_bytes_whatever_the_threads(threads, built, copie
 
 
 def test_a_small_shard_keeps_two_threads_busy(copied, monkeypatch):
-    """Each forward pass waits for another one beside it: with less than two at once this would never end."""
+    """Each forward pass waits for another one, so with fewer than two threads the test would not end."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     shutil.rmtree(copied.folder("embeddings"))
     encoder, barrier, sizes = clip.load_encoder(ClipConfig()), threading.Barrier(2, timeout=60), []
@@ -234,7 +234,7 @@ def test_weights_in_a_file_give_the_same_vectors(built, copied, weights):
     shutil.rmtree(copied.folder("embeddings"))
     run_stage(Embed(copied, EmbedConfig(pretrained=str(weights), batch_size=16)))
     np.testing.assert_array_equal(Embeddings(built).all(), Embeddings(copied).all())
-    # The same weights, but told apart all the same: the names are what the user chose.
+    # The weights are equal, but the user chose other names for them.
     with pytest.raises(ValueError, match="pretrained"):
         check_same_encoder(built, copied)
 

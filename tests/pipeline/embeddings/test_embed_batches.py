@@ -52,7 +52,7 @@ def files_of(dataset: Dataset) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("size", [25, 80])
 def test_batches_go_on_from_shard_to_shard_and_files_do_not(size, copied, built, encoded_batches):
-    """72 images in shards of 30, 30 and 12: all batches are full but the last, whoever is beside whom."""
+    """72 images are in shards of 30, 30 and 12. All batches but the last are full, across shards."""
     shutil.rmtree(copied.folder("embeddings"))
     sealed = run_stage(Embed(copied, EmbedConfig(batch_size=size)))
     assert [count for count, _ in encoded_batches] == [size] * (72 // size) + [72 % size] * (72 % size > 0)

@@ -214,7 +214,7 @@ def test_an_index_with_rows_twice_or_beyond_is_not_sealed_and_a_fault(tmp_path, 
     assert count_misnumbered_rows(index) == 0
     number = next(number for number in range(8) if index.invlists.list_size(number) > 1)
     faiss.rev_swig_ptr(index.invlists.get_ids(number), 2)[:] = 599_000, 599_001
-    assert count_misnumbered_rows(index) == 4  # two that nobody has, and two that are gone
+    assert count_misnumbered_rows(index) == 4  # two ids without a row, and two rows without an id
     monkeypatch.setattr("pipeline.indices.index.build_whole", lambda *_: (index, {}, {"recall_at_10": 1.0}, {}))
     with pytest.raises(StageFailed, match="not in it exactly once"):
         run_stage(Index(dataset, IndexConfig(key="IVF8,Flat")))

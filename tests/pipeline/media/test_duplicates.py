@@ -40,7 +40,7 @@ def flip_bits(rng, values, most):
 
 @pytest.fixture(params=[8, 512], ids=["halves", "whole"])
 def few(request, monkeypatch):
-    """Also with so little compared at once that everything is done in halves and in many parts."""
+    """Test also with limits so small that the comparison splits into halves and many parts."""
     monkeypatch.setattr(duplicates, "_FEW", request.param)
     if request.param == 8:
         monkeypatch.setattr(duplicates, "_PAIRS", 50)

@@ -209,12 +209,12 @@ def test_headers_for_the_search_have_no_negative_lengths(tmp_path):
 
 
 def everything(read: Callable[[], Iterator[Any]]) -> tuple[list[Any], bool]:
-    found: list[Any] = []
+    items: list[Any] = []
     try:
-        found.extend(read())
+        items.extend(read())
     except (DamagedTar, tarfile.TarError):
-        return found, True
-    return found, False
+        return items, True
+    return items, False
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -234,8 +234,8 @@ def test_members_are_those_of_tarfile(tar_format, tmp_path):
             info.type, info.linkname = kind, "l" * (200 if tar_format != tarfile.USTAR_FORMAT else 20)
             tar.addfile(info)
     data = path.read_bytes()
-    found, damaged = everything(lambda: list_members(lambda offset, size: data[offset:offset + size], len(data)))
+    members, damaged = everything(lambda: list_members(lambda offset, size: data[offset:offset + size], len(data)))
     with tarfile.open(path) as tar:
         expected = [(info.name, info.isreg(), info.offset_data, info.size) for info in tar]
     assert not damaged
-    assert [(member.name, member.kind == "file", member.offset, member.size) for member in found] == expected
+    assert [(member.name, member.kind == "file", member.offset, member.size) for member in members] == expected

@@ -179,7 +179,7 @@ def test_a_gpu_finds_what_the_cpu_finds(database):
 
 
 def test_rows_at_the_border_of_what_is_a_copy_do_not_crowd_out_others(tmp_path):
-    """Thirty equal rows whose exact score is what makes a copy, and some that are farther."""
+    """Thirty equal rows have exactly the score from which on a row is a copy; other rows are farther."""
     vectors = synthetic.clustered(80, 24, clusters=1)
     vectors[10:40] = vectors[10]
     embeddings = Embeddings(synthetic.vector_dataset(tmp_path, "x", [vectors]))

@@ -120,7 +120,7 @@ def test_embeddings_of_adopted_shards_are_those_of_a_copy(tmp_path):
         assert list(verify.find_faults(variant.root, variant.path("embeddings"))) == []
     assert np.array_equal(Embeddings(dataset).all(), Embeddings(copy).all())
     assert len(Embeddings(dataset)) == 12 and not np.isclose(np.ptp(Embeddings(dataset).all(), 0), 0).all()
-    # What happens to the tars is seen.
+    # `verify` finds a change to the tars.
     with open(source / "00001.tar", "r+b") as file:
         file.seek(1000)
         file.write(b"other")

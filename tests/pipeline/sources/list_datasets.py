@@ -49,7 +49,7 @@ def stored_samples(dataset: Dataset, manifest: dict) -> list[dict]:
 def laion(image_site: str) -> list[dict]:
     """Rows as LAION has them, with what is missing there too."""
     return [{"URL": f"http://{image_site}/{number:02d}.png",
-             "TEXT": f'picture "{number}",\nof noise' if number % 5 else None,
+             "TEXT": f'image "{number}",\nof noise' if number % 5 else None,
              "WIDTH": 20, "HEIGHT": 24 if number % 4 else None, "similarity": number / 64,
              "punsafe": None if number == 3 else (number % 10) / 16, "pwatermark": 0.5,
              "hash": number * 2**50 - 2**54} for number in range(COUNT)]

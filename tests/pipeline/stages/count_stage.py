@@ -19,7 +19,7 @@ class CountConfig:
 
 
 class Count(Stage):
-    """Six items of two files each; some can be told to fail."""
+    """Six items of two files each. `broken` names items that fail."""
 
     name = "count"
 
@@ -52,7 +52,7 @@ class Count(Stage):
 
 
 def lasting_files(folder) -> dict[str, bytes]:
-    """What a folder holds for good: no remains of a killed process, no seconds and dates."""
+    """The lasting content of a folder: without leftovers of a killed process, seconds and dates."""
     files = {name: data for name, data in synthetic.files_below(Path(folder)).items()
              if not any(part.startswith(".") for part in Path(name).parts) and not name.endswith("_stats.json")}
     for name, data in files.items():

@@ -23,7 +23,7 @@ def _at_once(monkeypatch):
 
 
 def report_rows(folder, item, rows, *, again=False, **skipped):
-    """A worker's word on an item that it goes on with."""
+    """A worker's report on an item that it is still processing."""
     report_progress = ProgressReporter(str(folder), item, again=again)
     report_progress(rows=rows, samples=rows - sum(skipped.values()), length=10 * rows, skipped=Counter(skipped))
     return report_progress

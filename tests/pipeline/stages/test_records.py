@@ -214,7 +214,7 @@ def test_packed_records_are_gone_on_from(tmp_path, monkeypatch):
         run_stage(stage)
     packs = list((tmp_path / "broken" / "count" / "packs").rglob("*.parquet"))
     assert [pq.read_table(pack).num_rows for pack in packs] == [2, 2] and len(stage.processed) == 6
-    # What is packed is not read again one by one.
+    # A packed record is not read again as a single file.
     read = []
     monkeypatch.setattr(storage, "read_json", lambda url, real=storage.read_json: read.append(url) or real(url))
     again = Count(tmp_path / "broken")
@@ -238,7 +238,7 @@ def test_packs_of_another_plan_do_not_count(tmp_path, monkeypatch):
 
 
 def test_rounds_of_many_items(tmp_path, monkeypatch):
-    """Rows tried again are more items, in lists of their own, and go on numbering."""
+    """Retried rows become more items. They are in separate lists, and their numbers continue."""
     monkeypatch.setattr(records, "INLINE", 2)
     pictures = source(tmp_path / "source")
     dataset = Dataset.parse(str(tmp_path), "x")

@@ -32,7 +32,7 @@ def test_local_files_are_compared_with_their_entry(tmp_path):
 
 @pytest.fixture
 def objects(s3, tmp_path, monkeypatch):
-    """Addresses and manifest entries of ten objects of 1,000 bytes; the cache is empty and has room for 3,500."""
+    """Paths and manifest entries of ten objects of 1,000 bytes; the cache is empty and has room for 3,500."""
     monkeypatch.setenv("RDM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("RDM_CACHE_BYTES", "3500")
     objects = []

@@ -176,7 +176,7 @@ def test_a_bucket_that_is_not_there_is_an_error(s3):
 
 @pytest.fixture
 def dead_server(s3_server, monkeypatch):
-    """A store at a port where nobody listens."""
+    """A store at a closed port."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     clear = fsspec.get_filesystem_class("s3").clear_instance_cache

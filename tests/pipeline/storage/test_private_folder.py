@@ -1,4 +1,4 @@
-"""A folder in a shared place is used only if nobody else can put files into it."""
+"""A folder in a shared place is used only if no other user can put files into it."""
 
 import os
 import tempfile
@@ -25,7 +25,7 @@ def shared(tmp_path, monkeypatch):
 
 
 def _uses(shared):
-    """What makes a folder below `shared`, its path, and the variable that names another one."""
+    """Functions that make a folder below `shared`, with its path and the variable that names another folder."""
     uid = os.getuid()
     return [(storage.cache_folder, shared / f"rdm-cache-{uid}", "RDM_CACHE"),
             (lambda: scratch.shared_scratch("owner", lambda folder: None), shared / f"rdm-owner-{uid}", "TMPDIR"),

@@ -63,7 +63,7 @@ def test_classes_in_lists_of_one_length_and_as_floats_get_their_names():
         "pair": lists, "view": lists, "float": ["Cubism", None, "1.5", None], "half": ["Baroque", None, "9", None],
         "in": [{"kind": ["8", "8", "9"]}, None, {"kind": []}, {"kind": ["Baroque"]}],
         "tiny": ["Cubism", "Baroque", None, "200"]}
-    assert {row: [remark.removeprefix("cell_changed: ") for remark in found] for row, found in remarks.items()} == {
+    assert {row: [remark.removeprefix("cell_changed: ") for remark in noted] for row, noted in remarks.items()} == {
         0: ["in: no name for the class 8, 9"], 3: ["tiny: no name for the class 200"],
         2: [f"{name}: no name for the class {number}" for name, number in (
             ("pair", 7), ("view", 7), ("float", 1.5), ("half", 9.0))]}

@@ -15,11 +15,11 @@ ROWS = 120
 
 
 def values(rng: np.random.Generator) -> list[bytes | None]:
-    """Bytes that compress, that do not, that recur, empty ones and nulls."""
-    made = [rng.bytes(int(rng.integers(0, 300))) for _ in range(ROWS // 3)]
-    made += [bytes(rng.integers(0, 3, int(rng.integers(0, 2000))).astype(np.uint8)) for _ in range(5)]
-    made += [b"x" * int(rng.integers(0, 9000)) for _ in range(3)]
-    return [None if rng.random() < 0.1 else made[int(rng.integers(len(made)))] for _ in range(ROWS)]
+    """Values that compress well or badly, repeated and empty values, and nulls."""
+    choices = [rng.bytes(int(rng.integers(0, 300))) for _ in range(ROWS // 3)]
+    choices += [bytes(rng.integers(0, 3, int(rng.integers(0, 2000))).astype(np.uint8)) for _ in range(5)]
+    choices += [b"x" * int(rng.integers(0, 9000)) for _ in range(3)]
+    return [None if rng.random() < 0.1 else choices[int(rng.integers(len(choices)))] for _ in range(ROWS)]
 
 
 def columns(rng: np.random.Generator) -> pa.Table:

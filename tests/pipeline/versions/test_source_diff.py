@@ -37,7 +37,7 @@ def read(path: Path, rows: list[tuple[str, str]], forgotten: Forgotten) -> Sourc
 
 def compare_row_by_row(rows: list[dict[str, Any]], before: list[dict[str, Any]], hashes: dict[int, str],
                        forgotten: Forgotten) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """What `SourceDiff.against` must find, one row after another; of a list of URLs."""
+    """The result that `SourceDiff.against` must have for a list of URLs, from a loop over the rows."""
     old_rows, names = {row["mark"]: row for row in before}, Counter(row["name"] for row in before)
     result, counts = [], Counter[str]()
     for number, row in enumerate(rows):

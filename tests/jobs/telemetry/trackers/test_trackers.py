@@ -84,7 +84,7 @@ def read_mlflow(root: Path, path: str) -> Tracked:
         images.setdefault(name, []).append((int(step.split("+")[0]), Image.open(file).width))
     texts = [json.dumps(run.to_dictionary()), *(file.read_text() for file in folder.glob("*.json"))]
     settings = json.loads((folder / "settings.json").read_text())["settings"]
-    return Tracked(run.info.status, metrics, {name: sorted(found) for name, found in images.items()}, settings, texts)
+    return Tracked(run.info.status, metrics, {name: sorted(shown) for name, shown in images.items()}, settings, texts)
 
 
 READERS: dict[str, Callable[[Path, str], Tracked]] = {"tensorboard": read_tensorboard, "mlflow": read_mlflow}

@@ -38,8 +38,7 @@ def root(prepared_root: Path, tmp_path: Path) -> Path:
 
 
 def _session(folder: Path, last: str = "group") -> dict[str, Any]:
-    """What a session says of itself, and the lines of its history; a process of wandb's writes it, and may be behind.
-    """
+    """The run, settings and history in a session's file. Waits for `last`, because another process writes the file."""
     end = time.monotonic() + 30
     while last not in (session := _read_session(folder)) and time.monotonic() < end:
         time.sleep(0.1)
