@@ -46,7 +46,7 @@ def test_epochs_and_seeds_differ():
     assert (order.rows(0) != Order((30, 30, 12), 72, seed=2).rows(0)).any()
 
 
-def test_any_step_can_be_asked_first():
+def test_any_step_can_be_read_first():
     steps = [Order((30, 30, 12), 8, seed=1).rows(step) for step in range(40)]
     order = Order((30, 30, 12), 8, seed=1)
     for step in [39, 0, 8, 9, 17, 3, 38, 9]:
@@ -60,7 +60,7 @@ def test_a_reader_needs_one_window_at_a_time():
         assert len(set(rows // 10)) == 4
 
 
-def test_what_is_opened_ahead_is_what_the_next_window_needs():
+def test_prefetch_opens_the_shards_of_the_next_window():
     order = Order((10, 3, 0, 25, 7, 11) * 3, 8, seed=3, window=4)
     offsets, rows = np.cumsum([0, *order.counts]), np.concatenate([order.rows(step) for step in range(80)])
     shards = np.searchsorted(offsets, rows, side="right") - 1  # of the samples in the stream, 168 in an epoch
@@ -82,7 +82,7 @@ def test_ranks_share_the_same_global_batch(built, world):
             np.testing.assert_array_equal(whole[name], np.concatenate([part[name] for part in parts]))
 
 
-def test_a_batch_has_the_pictures_and_the_exact_vectors_of_its_rows(built):
+def test_a_batch_has_the_images_and_the_exact_vectors_of_its_rows(built):
     batch = batches(built).at(2)
     assert batch["image"].shape == (8, 32, 32, 3) and batch["image"].dtype == np.uint8
     assert batch["neighbors"].shape == (8, 3, 256) and batch["neighbors"].dtype == np.float16
@@ -97,14 +97,14 @@ def test_a_batch_has_the_pictures_and_the_exact_vectors_of_its_rows(built):
 
 @pytest.mark.parametrize("options", [{"decoded_bytes": 0}, {"decoded_bytes": 0, "threads": 1}, {"threads": 3},
                                      {"decoded_bytes": 72 * 32 * 32 * 3}])
-def test_what_is_kept_decoded_changes_no_batch(built, options):
+def test_a_cache_of_decoded_images_changes_no_batch(built, options):
     expected, with_options = batches(built), batches(built, **options)
     for step in [0, 1, 8, 9, 2, 20]:
         np.testing.assert_array_equal(expected.at(step)["image"], with_options.at(step)["image"])
 
 
 @pytest.mark.parametrize("decoded_bytes", [0, 1 << 30])
-def test_pictures_are_averaged_down(built, decoded_bytes):
+def test_large_images_are_averaged_down(built, decoded_bytes):
     whole, small = batches(built), batches(built, size=8, decoded_bytes=decoded_bytes)
     for step in (0, 8, 0):
         image = small.at(step)["image"]
@@ -114,7 +114,7 @@ def test_pictures_are_averaged_down(built, decoded_bytes):
         batches(built, size=5).at(0)
 
 
-def test_pictures_that_were_kept_need_no_tars(copied):
+def test_cached_images_need_no_tars(copied):
     reader = batches(copied)
     epoch = [reader.at(step)["image"] for step in range(9)]
     for path in Path(copied.root).rglob("*.tar"):
@@ -133,21 +133,21 @@ def test_a_batch_of_one_sample_more_than_all(built):
     np.testing.assert_array_equal(batch["image"], kept["image"])
 
 
-def test_any_batch_can_be_asked_first(built):
+def test_any_batch_can_be_read_first(built):
     in_order, out_of_order = batches(built), batches(built)
     expected = [in_order.at(step) for step in range(12)]
     for step in (11, 2, 5):
         np.testing.assert_array_equal(out_of_order.at(step)["image"], expected[step]["image"])
 
 
-def test_the_control_has_neighbours_of_another_sample(built):
+def test_the_control_has_neighbors_of_another_sample(built):
     true, false = batches(built).at(1), batches(built, true_neighbors=False).at(1)
     np.testing.assert_array_equal(true["image"], false["image"])
     ids, vectors = np.concatenate(load_neighbors(built, built)), Embeddings(built).all()
     np.testing.assert_array_equal(false["neighbors"], vectors[ids[(false["rows"] + 36) % 72, :3]])
 
 
-def test_none_is_zeros(tmp_path, pictures):
+def test_a_missing_neighbor_is_a_vector_of_zeros(tmp_path, pictures):
     dataset, database = Dataset.parse(str(tmp_path), "x"), Dataset.parse(str(tmp_path), "small")
     few = synthetic.drawings(tmp_path / "few", subjects=1, size=32, styles=["flat", "soft"])
     for target, source in ((dataset, pictures), (database, few)):
@@ -158,7 +158,7 @@ def test_none_is_zeros(tmp_path, pictures):
     assert batch["neighbors"][:, :2].any(-1).all() and not batch["neighbors"][:, 2:].any()
 
 
-def test_what_does_not_fit_is_refused(built):
+def test_settings_that_do_not_fit_the_data_are_refused(built):
     with pytest.raises(ValueError, match=r"k = 5 neighbors wanted, drawn has 4 stored.*\nhint"):
         batches(built, k=5)
     with pytest.raises(ValueError, match=r"a global batch of 1 leaves some of 2 workers without a sample\nhint"):
@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused(built):
 
 
 @pytest.mark.parametrize("samples_per_shard", [100, 1])
-def test_pictures_of_different_sizes_are_refused(tmp_path, samples_per_shard):
+def test_images_of_different_sizes_are_refused(tmp_path, samples_per_shard):
     source = tmp_path / "source"
     source.mkdir()
     for number, width in enumerate((20, 30, 40)):
@@ -194,7 +194,7 @@ def test_a_tar_with_other_samples_than_its_manifest_is_refused(copied):
         [batches(copied).at(step) for step in range(9)]
 
 
-def test_a_picture_that_does_not_decode_is_named(copied):
+def test_an_undecodable_image_is_named(copied):
     path = copied.fetch("shards", file_of(copied.manifest("shards")["items"][0], ".tar"))
     start = path.read_bytes().index(tars.TarImages(path)[3])
     _overwrite_in_first_tar(copied, start, bytes(8))
@@ -202,7 +202,7 @@ def test_a_picture_that_does_not_decode_is_named(copied):
         [batches(copied).at(step) for step in range(9)]
 
 
-def test_neighbours_of_other_samples_are_refused(copied):
+def test_neighbors_of_other_samples_are_refused(copied):
     manifest = copied.manifest("neighbors/drawn")
     files = [storage.join(copied.folder("neighbors/drawn"), entry["name"])
              for entry in neighbor_files(manifest["items"], ".ids.npy")]

@@ -17,7 +17,7 @@ class OpenFile:
         self.number = number
 
 
-def test_what_is_wanted_is_opened_before_it_is_asked_for_and_once():
+def test_wanted_files_are_opened_ahead_and_once():
     opened_numbers: list[int] = []
     ahead = Prefetcher(lambda number: opened_numbers.append(number) or OpenFile(number), threads=1)
     ahead.want([5, 3, 9])
@@ -26,7 +26,7 @@ def test_what_is_wanted_is_opened_before_it_is_asked_for_and_once():
     assert ahead[3].number == 3 and ahead[4].number == 4 and opened_numbers == [5, 3, 9, 4]
 
 
-def test_what_is_not_wanted_any_more_is_forgotten():
+def test_files_that_are_no_longer_wanted_are_freed():
     ahead = Prefetcher(OpenFile, threads=2)
     first, second = weakref.ref(ahead[1]), weakref.ref(ahead[2])
     ahead.want([2, 3])
@@ -35,7 +35,7 @@ def test_what_is_not_wanted_any_more_is_forgotten():
     assert first() is None and second() is not None
 
 
-def test_what_is_forgotten_before_its_turn_is_not_opened():
+def test_a_file_that_is_freed_before_its_turn_is_not_opened():
     opened_numbers, may_open = [], threading.Event()
 
     def open_number(number: int) -> int:
@@ -51,7 +51,7 @@ def test_what_is_forgotten_before_its_turn_is_not_opened():
     assert ahead[7] == 7 and opened_numbers == [0, 7]
 
 
-def test_what_failed_is_tried_again_when_it_is_asked_for():
+def test_a_failed_file_is_retried_when_it_is_read():
     tries: list[int] = []
 
     def open_number(number: int) -> int:
@@ -70,7 +70,7 @@ def test_what_failed_is_tried_again_when_it_is_asked_for():
     assert ahead[1] == 1 and len(tries) == 3
 
 
-def test_threads_end_with_what_they_are_for():
+def test_threads_end_with_their_prefetcher():
     before = set(threading.enumerate())
     ahead = Prefetcher(OpenFile, threads=3)
     ahead.want(range(5))
@@ -83,7 +83,7 @@ def test_threads_end_with_what_they_are_for():
     assert not any(thread.is_alive() for thread in threads)
 
 
-def test_a_program_does_not_wait_for_what_it_will_not_use():
+def test_a_program_does_not_wait_for_unused_files():
     begin = time.monotonic()
     subprocess.run([sys.executable, "-c", "import time\nfrom pipeline.batches.prefetch import Prefetcher\n"
                     "Prefetcher(lambda number: time.sleep(30)).want(range(8))"], check=True, timeout=60)

@@ -20,7 +20,7 @@ def read_rows(folder, name: str) -> list[dict]:
     return list(csv.DictReader(io.StringIO((folder / name).read_text())))
 
 
-def test_the_drawn_corpus_is_a_folder_of_pictures_with_captions(tmp_path):
+def test_the_drawn_corpus_is_a_folder_of_images_with_captions(tmp_path):
     manifest = run_stage(DemoCorpus(str(tmp_path), CONFIG, tmp_path / "cache"))
     folder = tmp_path / "pictures" / "drawn"
     assert manifest["totals"]["samples"] == 120 and not manifest["totals"]["skipped"]

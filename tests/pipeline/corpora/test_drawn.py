@@ -20,7 +20,7 @@ def corpus():
     return drawn.catalog(400)
 
 
-def test_pictures_are_every_subject_in_every_style_in_order(corpus):
+def test_the_catalog_has_every_subject_in_every_style_in_order(corpus):
     assert len(corpus.subjects) == 400 and len(corpus.pictures) == 2400
     assert corpus.styles == ("flat", "hatched", "lineart", "outline", "silhouette", "soft")
     order = [(picture.style, picture.subject) for picture in corpus.pictures]
@@ -46,7 +46,7 @@ def test_a_small_catalog_is_the_start_of_a_large_one(corpus):
     assert drawn.catalog(120).pictures == drawn.catalog(120).pictures
 
 
-def test_larger_catalogs_have_groups_and_pairs_with_names_of_their_own():
+def test_larger_catalogs_have_named_groups_and_pairs():
     large = drawn.catalog(8000)
     assert len(large.subjects) == 8000
     joints = Counter(scene.joint for scene in large.drawings.values())
@@ -58,7 +58,7 @@ def test_larger_catalogs_have_groups_and_pairs_with_names_of_their_own():
     )
 
 
-def test_more_subjects_than_there_are_is_refused():
+def test_more_subjects_than_exist_are_refused():
     for subjects in (0, drawn.POSSIBLE + 1):
         with pytest.raises(ValueError, match="subjects="):
             drawn.catalog(subjects)
@@ -82,7 +82,7 @@ def test_rendering_is_deterministic_and_of_any_size(corpus):
             assert Image.open(io.BytesIO(png)).size == (size, size)
 
 
-def test_no_picture_is_blank_or_touches_every_edge():
+def test_no_image_is_blank_or_touches_every_edge():
     corpus = drawn.catalog(8000)
     for picture in corpus.pictures[::97]:
         drawing = pixels(corpus, picture, 32)
@@ -116,7 +116,7 @@ def test_styles_are_truly_different(corpus):
             assert first == second or np.abs(statistics[first] - statistics[second]).max() > 5
 
 
-def test_subjects_keep_their_colour(corpus):
+def test_subjects_keep_their_color(corpus):
     by_key = {picture.key: picture for picture in corpus.pictures}
     red = pixels(corpus, by_key["flat/red-heart"]).mean((0, 1))
     blue = pixels(corpus, by_key["flat/blue-heart"]).mean((0, 1))
@@ -132,7 +132,7 @@ def test_rendering_is_quick(corpus):
     assert (time.process_time() - begun) / len(pictures) < 0.01
 
 
-def test_sources_name_every_style_and_a_licence(corpus):
+def test_sources_name_every_style_and_a_license(corpus):
     rows = drawn.sources()
     assert [row["style"] for row in rows] == list(corpus.styles)
     assert all(row["licence_spdx"] and row["licence_url"] for row in rows)

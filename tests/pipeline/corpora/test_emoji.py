@@ -112,7 +112,7 @@ def test_mailboxes_with_flags_are_no_flags():
         assert emoji._is_variant(flag, set())
 
 
-def test_captions_and_tags(tmp_path, sets):
+def test_tags_do_not_repeat_the_caption(tmp_path, sets):
     for style in STYLES:
         sets[style]["icons"]["jack-o-lantern"] = {"body": path(1001)}
         sets[style]["icons"]["piata"] = {"body": path(1002)}
@@ -143,7 +143,7 @@ def test_a_turned_alias_is_not_followed(tmp_path, sets, transform):
     assert styles_of(catalog, "ghost") == [style for style in STYLES if style != "noto"]
 
 
-def test_a_drawing_stands_for_one_subject_and_a_held_out_one_comes_first(tmp_path, sets):
+def test_a_drawing_has_one_subject_and_a_held_out_one_comes_first(tmp_path, sets):
     """`ghost` is kept back by the text encoder, so its drawing may not return as another."""
     for style in STYLES:
         sets[style]["icons"]["apparition"] = {"body": path(1001)}
@@ -167,7 +167,7 @@ def test_held_out_subjects_are_the_same_in_every_style(tmp_path, sets):
     assert 0.05 < len(held_out & set(MANY)) / len(MANY) < 0.15
 
 
-def test_icons_are_centred_undistorted_on_white(tmp_path, sets):
+def test_icons_are_centered_undistorted_on_white(tmp_path, sets):
     wide = {"body": '<path fill="#f00" d="M4 6h16v8H4z"/>'}
     sets["noto"]["icons"]["ghost"] = {**wide, "left": 4, "top": 6, "width": 16, "height": 8}
     catalog = emoji.catalog(pack_all(tmp_path, sets))
@@ -178,7 +178,7 @@ def test_icons_are_centred_undistorted_on_white(tmp_path, sets):
     assert white.sum() == 32 * 16
 
 
-def test_the_measures_of_the_set_hold_where_the_icon_has_none(tmp_path, sets):
+def test_an_icon_without_a_size_has_the_size_of_its_set(tmp_path, sets):
     sets["noto"] |= {"width": 16, "height": 16, "left": -8}
     sets["noto"]["icons"]["ghost"] = {"body": SQUARE.format("#f00")}
     catalog = emoji.catalog(pack_all(tmp_path, sets))
@@ -186,7 +186,7 @@ def test_the_measures_of_the_set_hold_where_the_icon_has_none(tmp_path, sets):
     assert (x.min(), x.max(), y.min(), y.max()) == (16, 31, 0, 15)
 
 
-def test_current_colour_is_black(tmp_path, sets):
+def test_current_color_is_black(tmp_path, sets):
     sets["noto"]["icons"]["ghost"] = {"body": SQUARE.format("currentColor")}
     catalog = emoji.catalog(pack_all(tmp_path, sets))
     assert pixels(catalog, "noto/ghost").max() == 0
@@ -210,7 +210,7 @@ def test_a_drawing_that_fails_is_named(tmp_path, sets, body):
         pixels(catalog, "noto/ghost")
 
 
-def test_sources_state_every_licence(tmp_path, sets):
+def test_sources_state_every_license(tmp_path, sets):
     rows = emoji.sources(pack_all(tmp_path, sets))
     assert [row["style"] for row in rows] == [*STYLES, None]
     assert rows[0]["package"] == f"@iconify-json/{STYLES[0]}"
@@ -245,7 +245,7 @@ def requested_packages(registry: Path) -> list[str]:
     return sorted(log.read_text().split()) if log.exists() else []
 
 
-def test_fetch_brings_all_packages_once(tmp_path, registry):
+def test_fetch_downloads_every_package_once(tmp_path, registry):
     cache = tmp_path / "deep" / "cache"
     emoji.fetch(cache)
     packages = [*emoji.STYLES.values(), emoji.TAGS]
@@ -258,7 +258,7 @@ def test_fetch_brings_all_packages_once(tmp_path, registry):
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.999])
-def test_a_cut_off_archive_is_fetched_anew(tmp_path, registry, share):
+def test_a_cut_off_archive_is_fetched_again(tmp_path, registry, share):
     cache = tmp_path / "cache"
     emoji.fetch(cache)
     archive = emoji.STYLES["noto"].archive(cache)
@@ -288,7 +288,7 @@ def test_a_broken_archive_from_npm_does_not_enter_the_cache(tmp_path, registry, 
     assert not list(cache.glob(".npm-*"))
 
 
-def test_npm_offline_or_missing_is_said_clearly(tmp_path, registry, monkeypatch):
+def test_npm_offline_or_missing_has_a_clear_message(tmp_path, registry, monkeypatch):
     (registry / "offline").touch()
     with pytest.raises(emoji.NpmUnavailable, match="npm error network down"):
         emoji.fetch(tmp_path / "cache")
@@ -298,7 +298,7 @@ def test_npm_offline_or_missing_is_said_clearly(tmp_path, registry, monkeypatch)
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_missing_archive_is_said_clearly(tmp_path):
+def test_a_missing_archive_has_a_clear_message(tmp_path):
     with pytest.raises(ValueError, match="hint: fetch"):
         emoji.catalog(tmp_path)
 

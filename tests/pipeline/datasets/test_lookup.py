@@ -80,7 +80,7 @@ def test_a_few_remote_images_take_few_bytes(large: Dataset, remote: Dataset, ans
                 if (storage.cache_folder() / file_of(record, ".tar")["sha256"]).exists()]
 
 
-def test_many_images_of_a_tar_take_the_whole_tar_once(large: Dataset, remote: Dataset, answers: list[int]) -> None:
+def test_many_images_of_a_tar_fetch_the_tar_once(large: Dataset, remote: Dataset, answers: list[int]) -> None:
     expected = _all_images(large)
     samples = lookup.samples(remote, range(0, 300, 2))
     assert [(sample.key, sample.picture) for sample in samples] == expected[:300:2]
@@ -121,7 +121,7 @@ def _shift_positions(table: pa.Table) -> pa.Table:
 
 @pytest.mark.parametrize("change", [
     _shift_positions, lambda table: table.drop_columns(["image_offset", "image_bytes"])], ids=["wrong", "version 0.1"])
-def test_without_right_positions_the_whole_tar_is_read(
+def test_without_valid_positions_all_of_the_tar_is_read(
         large: Dataset, tmp_path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     expected = _all_images(large)
     copy = _with_metadata(large, tmp_path / "copy", change)

@@ -35,11 +35,11 @@ pytestmark = pytest.mark.usefixtures("no_warnings")
     ("/raw?HTTP/1.1 200 OK%0d%0aContent-Length: 5%0d%0aContent-Length: 6%0d%0a%0d%0aabcdef", "protocol"),
     ("/raw?HTTP/1.1 101 Other%0d%0aConnection: upgrade%0d%0aUpgrade: websocket%0d%0a%0d%0aabc", "http_101"),
 ])
-def test_what_goes_wrong_has_a_name(site, path, expected):
+def test_every_failed_download_has_a_reason(site, path, expected):
     assert reason(f"http://{site}{path}") == expected
 
 
-def test_chunks_that_go_wrong_halfway_are_a_protocol_error_and_no_wait(site):
+def test_broken_chunks_are_a_protocol_error_without_a_wait(site):
     async def halfway(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n")
@@ -59,7 +59,7 @@ def test_chunks_that_go_wrong_halfway_are_a_protocol_error_and_no_wait(site):
     asyncio.run(both())
 
 
-def test_timeouts(site):
+def test_slow_answers_end_with_a_timeout(site):
     paths = {"/hang": "nothing came for 0.3 s", "/slow-body?pause=5": "nothing came for 0.3 s",
              "/slow-body?pause=0.2": "not done within 1 s", "/forever": "not done within 1 s",
              "/raw/open?HTTP/1.1 200 OK%0d%0aContent-Length: 5%0d%0a%0d%0aabc": "nothing came for 0.3 s",
@@ -70,7 +70,7 @@ def test_timeouts(site):
     assert time.monotonic() - began < 3
 
 
-def test_a_host_that_takes_no_connection_is_a_timeout_and_a_closed_port_is_not():
+def test_a_silent_host_is_a_timeout_and_a_closed_port_is_not():
     with socket.socket() as full, socket.socket() as closed:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
@@ -86,7 +86,7 @@ def test_a_host_that_takes_no_connection_is_a_timeout_and_a_closed_port_is_not()
             client.close()
 
 
-def test_attempts(site):
+def test_failed_downloads_are_attempted_again(site):
     web_server.seen(site)
     assert get(f"http://{site}/flaky?n=2&name=one&file=a.jpg", retries=2) == FILES["a.jpg"]
     assert web_server.seen(site)["requests"] == 3
@@ -126,7 +126,7 @@ def test_a_stale_connection_costs_no_attempt():
     assert served == 3
 
 
-def test_retry_after(site):
+def test_valid_retry_after_is_obeyed_up_to_its_limit(site):
     began = time.monotonic()
     assert get(f"http://{site}/busy?after=1&name=seconds", retries=1) == web_server.BODY
     assert time.monotonic() - began >= 1
@@ -143,11 +143,11 @@ def test_retry_after(site):
 
 
 @pytest.mark.parametrize("text", ["", "x", "Wed, 99 Oct 2015", "1e9", "٣", "Wed, 21 Oct 99999 07:28:00 GMT", "\udcff"])
-def test_a_retry_after_that_says_nothing(text):
+def test_an_invalid_retry_after_is_ignored(text):
     assert http_text.retry_after(text) == 0
 
 
-def test_sizes(site):
+def test_too_large_answers_are_refused(site):
     for path in ("large.jpg", "chunked?file=large.jpg", "until-closed?file=large.jpg", "gzipped?file=a.jpg"):
         name = path.rpartition("=")[2] if "=" in path else path
         size = len(FILES[name])

@@ -21,14 +21,14 @@ def test_urls_are_sent_as_browsers_send_them(site, typed, sent):
     assert get(f" http://{site}/echo{typed}").split(b" ")[1].decode() == f"/echo{sent}"
 
 
-def test_unicode_paths_and_credentials(site):
+def test_unicode_paths_and_credentials_are_sent_encoded(site):
     assert get(f"http://{site}/päth/ü b.jpg") == get(f"HTTP://{site}/p%C3%A4th/%c3%bc%20b.jpg") == b"unicode"
     assert get(f"http://user:p%40ss:w@{site}/private?user:p%40ss:w") == web_server.BODY
     assert get(f"http://üser@{site}/private?%C3%BCser:") == web_server.BODY
     assert reason(f"http://{site}/private?user:password") == "http_401"
 
 
-def test_redirects(site):
+def test_redirects_are_followed(site):
     assert get(f"http://{site}/hops/5?file=a.jpg") == FILES["a.jpg"]
     assert reason(f"http://{site}/hops/6") == reason(f"http://{site}/loop", retries=2) == "too_many_redirects"
     for status in (301, 302, 303, 307, 308):
@@ -54,7 +54,7 @@ def test_redirects(site):
     ("http://169.254.169.254/latest/meta-data/", "forbidden_address"), ("//0x7f.1:9/", "forbidden_address"),
     ("https://10.0.0.1/", "forbidden_address"),
 ])
-def test_where_redirects_may_not_lead(site, names, to, expected):
+def test_forbidden_redirects_are_refused(site, names, to, expected):
     names.answers["localhost"] = [["127.0.0.1"]]
     escaped = quote_from_bytes(to.encode()) if "%" not in to else to
     web_server.seen(site)
@@ -70,12 +70,12 @@ def test_where_redirects_may_not_lead(site, names, to, expected):
     "http://[::1]a/", "http://[v1.a]/", "http://256.0.0.1/", "http://1.2.3.4.5/", "http://0xg.1.09/",
     "http://user:s3cret@[/", "http://" + "ü" * 300 + ".test/",
 ])
-def test_what_is_no_url(url):
+def test_an_invalid_url_is_refused(url):
     result = results([url])[0]
     assert result.startswith("bad_url: ") and "s3cret" not in result
 
 
-def test_a_name_in_any_script(site, names):
+def test_a_host_name_may_be_in_any_script(site, names):
     names.answers["xn--mnchen-3ya.test"] = [["127.0.0.1"]]
     port = site.rpartition(":")[2]
     assert get(f"http://MÜNCHEN.test:{port}/a.jpg", allow_hosts=("münchen.test",)) == FILES["a.jpg"]

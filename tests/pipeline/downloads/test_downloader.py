@@ -17,7 +17,7 @@ from tests.pipeline.downloads.download_requests import FILES, config, get, reaso
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
 
-def test_bodies_come_as_they_are(site):
+def test_bodies_arrive_unchanged(site):
     assert get(f"http://{site}/a.jpg") == FILES["a.jpg"]
     assert get(f"http://{site}/large.jpg") == FILES["large.jpg"]
     assert get(f"http://{site}/empty.jpg") == b"" == get(f"http://{site}/status/204")
@@ -33,7 +33,7 @@ def test_bodies_come_as_they_are(site):
     assert results([f"http://{site}/long"])[0] in {web_server.BODY, "protocol: malformed answer (BadStatusLine)"}
 
 
-def test_what_a_server_is_told(site, monkeypatch, tmp_path):
+def test_requests_have_only_the_configured_headers(site, monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -63,7 +63,7 @@ def test_waiting_for_a_connection_is_no_timeout(site, limits):
     assert web_server.seen(site)["most_at_once"] == 1
 
 
-def test_a_busy_host_keeps_nobody_else_waiting(site, names):
+def test_a_busy_host_delays_no_other_host(site, names):
     names.answers["other.test"] = [["127.0.0.1"]]
     port = site.rpartition(":")[2]
 
@@ -112,7 +112,7 @@ def test_idle_connections_to_many_hosts_do_not_pile_up(site, names):
     (["noaix, xnoai"], "", True), (["otherbot:noai"], "", True),
     (["*: noai"], "", False), (["otherbot: noai, *: noindex"], "", False),
 ])
-def test_robots(site, tags, agent, kept):
+def test_robots_directives_are_obeyed(site, tags, agent, kept):
     url = f"http://{site}/robots?" + "&".join(f"value={tag.replace(' ', '%20')}" for tag in tags)
     if kept:
         assert get(url, robots_agent=agent) == web_server.BODY
@@ -169,7 +169,7 @@ def test_a_session_leaves_nothing_behind(site, certificate):
                    SSL_CERT_FILE=str(certificate)).split() == expected * 2
 
 
-def test_a_server_that_says_no_farewell_is_left_without_one(certificate):
+def test_a_server_that_does_not_close_tls_is_abandoned(certificate):
     """It takes the request over TLS, and then neither reads nor writes nor closes."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate)
@@ -206,7 +206,7 @@ def test_one_downloader_may_serve_several_loops(site):
     assert asyncio.run(once()) == asyncio.run(once()) == FILES["a.jpg"]
 
 
-def test_whoever_stops_waiting_stops(site):
+def test_a_cancelled_download_stops(site):
     async def stopped() -> None:
         async with Downloader(config(connections=1, retries=2, max_bytes=1 << 50)) as downloader:
             for path in ("/hang", "/forever", "/slow-body?pause=1", "/busy?after=9&n=9"):
@@ -229,6 +229,6 @@ def test_whoever_stops_waiting_stops(site):
     *(({"allow_hosts": (host,)}, "shard.download.allow_hosts = .*: must be a host or host:port")
       for host in ("", "http://a", "a/b", "a b", "a:b", "a:99999", "user@a", "[::1", "a?b")),
 ])
-def test_settings_that_make_no_sense_are_named(options, message):
+def test_senseless_settings_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         DownloadConfig(**options)

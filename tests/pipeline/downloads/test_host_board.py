@@ -45,7 +45,7 @@ def test_clients_share_one_line_of_slots():
     assert Board().ask("a", rate=0.01) == Slots(0.0, 100.0, 1)
 
 
-def test_pauses_grow_until_the_host_answers_and_one_request_at_a_time_asks():
+def test_pauses_grow_and_single_requests_probe_the_host():
     board = Board()
     board.tell("a", "refused", status=403, recent=40.0)
     for wait in (2.0, 6.0, 18.0, 54.0, 60.0, 60.0):
@@ -71,7 +71,7 @@ def test_pauses_grow_until_the_host_answers_and_one_request_at_a_time_asks():
     assert slots and 30 < 1 / slots.interval < 35
 
 
-def test_a_probe_that_gets_lost_blocks_for_half_a_minute_only():
+def test_a_lost_probe_blocks_for_half_a_minute_only():
     board = Board()
     board.tell("a", "refused", status=429, retry_after=10.0)
     board.now += 10
@@ -84,7 +84,7 @@ def test_a_probe_that_gets_lost_blocks_for_half_a_minute_only():
     assert board.ask("a")
 
 
-def test_late_refusals_say_nothing_new():
+def test_late_refusals_change_nothing():
     board = Board()
     refusal = Report(HOST, "refused", 0, status=403)
     board.exchange("a", refusal, refusal)
@@ -106,7 +106,7 @@ def test_a_403_about_one_url_lifts_the_limit():
     assert state and state.single
 
 
-def test_clients_hear_what_changed_since_they_asked():
+def test_clients_get_the_changes_since_their_last_request():
     board = Board()
     board.exchange("a")
     board.tell("b", "refused", status=403)
@@ -118,7 +118,7 @@ def test_clients_hear_what_changed_since_they_asked():
     assert board.states.keys() == {HOST}
 
 
-def test_memory_of_hosts_has_an_end(monkeypatch):
+def test_the_number_of_remembered_hosts_is_bounded(monkeypatch):
     monkeypatch.setattr(host_limits, "_MAX_HOSTS", 10)
     board = HostBoard()
     for number in range(30):
@@ -126,7 +126,7 @@ def test_memory_of_hosts_has_an_end(monkeypatch):
     assert board.exchange("b", 0, [], {})[1].keys() == {f"{number}.example" for number in range(20, 30)}
 
 
-def test_a_share_of_a_limit():
+def test_a_client_gets_its_share_of_a_limit():
     limits = ProcessLimits(workers=4, share=4)
     slots = asyncio.run(limits.exchange([], {HOST: Want(10, 10.0)})).slots[HOST]
     assert slots.interval == 0.4

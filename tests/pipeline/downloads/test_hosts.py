@@ -41,12 +41,12 @@ def test_one_host_in_many_spellings(url):
     ("http://a b/", ""), ("http://a^b/", ""), ("http://a%2fb/", ""), ("http://a\ud800b/", ""), ("row 7", ""),
     ("key:1", ""), ("C:\\images\\a.jpg", ""),
 ])
-def test_hosts(url, host):
+def test_the_host_of_a_url_is_found(url, host):
     assert find_host(url) == host
 
 
 @pytest.mark.parametrize("url", SPELLINGS)
-def test_it_is_the_host_that_a_download_asks(url):
+def test_the_host_that_is_found_is_the_host_of_the_request(url):
     try:
         parsed, _ = parse_url(url)
     except ValueError:

@@ -43,7 +43,7 @@ def test_a_limit_is_kept_and_other_hosts_are_not_slowed():
 @pytest.mark.parametrize(("status", "retry_after"), [
     ("403 Forbidden", ""), ("429 Too Many Requests", ""), ("429 Too Many Requests", "1"),
     ("503 Service Unavailable", "1")])
-def test_a_host_that_bans_is_waited_for_and_no_row_is_lost(short_pauses, status, retry_after):
+def test_downloads_wait_for_a_host_that_bans_and_lose_no_row(short_pauses, status, retry_after):
     """Without a limit of requests: it is outcome by the refusals."""
     server = StrictServer({HOSTS[0]: 20, HOSTS[1]: 0}, ban_s=0.8, status=status, retry_after=retry_after)
     with running(server):
@@ -82,13 +82,13 @@ def test_a_host_that_forbids_everything_costs_little(short_pauses):
     assert reasons(outcome) == {"http_403": 100} and seconds < 5
 
 
-def test_a_url_that_alone_is_refused_ends_with_its_status(short_pauses):
+def test_a_single_refused_url_ends_with_its_status(short_pauses):
     with running(StrictServer({HOSTS[0]: 0})) as server:
         urls = server.urls(HOSTS[0], 40) + server.urls(HOSTS[0], 1, "busy")
         assert reasons(fetched(server, urls, connections=4)[0]) == {"image": 40, "http_429": 1}
 
 
-def test_a_host_that_goes_on_refusing_is_given_up_and_others_are_not(short_pauses):
+def test_a_host_that_keeps_refusing_is_abandoned_and_others_are_not(short_pauses):
     with running(StrictServer({HOSTS[0]: 5, HOSTS[1]: 0}, ban_s=1000)) as server:
         outcome, seconds = fetched(server, server.urls(HOSTS[0], 200) + server.urls(HOSTS[1], 200), connections=8,
                                  host_patience=1.0)
@@ -98,7 +98,7 @@ def test_a_host_that_goes_on_refusing_is_given_up_and_others_are_not(short_pause
     assert server.refused[HOSTS[0]] < 30  # no request for every URL
 
 
-def test_a_retry_after_that_is_too_long_holds_for_the_host():
+def test_a_too_long_retry_after_ends_requests_to_the_host():
     with running(StrictServer({HOSTS[0]: 5}, ban_s=1000, status="429 Slow", retry_after="3600")) as server:
         outcome, seconds = fetched(server, server.urls(HOSTS[0], 50), connections=1)
     assert outcome[5] == "http_429: Too Many Requests; the host asks to wait 3600 s"
@@ -107,13 +107,13 @@ def test_a_retry_after_that_is_too_long_holds_for_the_host():
     assert server.requests[HOSTS[0]] == 6
 
 
-def test_connections_of_all_workers_to_a_host():
+def test_connections_to_a_host_have_a_limit():
     with running(StrictServer({HOSTS[0]: 0}, answer_s=0.05)) as server:
         outcome, _ = fetched(server, server.urls(HOSTS[0], 40), host_connections=3)
     assert reasons(outcome) == {"image": 40} and server.most_at_once[HOSTS[0]] == 3
 
 
-def test_robots_txt_is_obeyed_by_choice():
+def test_robots_txt_is_obeyed_if_configured():
     rules = "User-agent: otherbot\nDisallow: /\n\nUser-agent: *\nDisallow: /*1$\nCrawl-delay: 0.1\n"
     with running(StrictServer(dict.fromkeys(HOSTS, 0), robots={HOSTS[0]: rules})) as server:
         urls = server.urls(HOSTS[0], 20) + server.urls(HOSTS[1], 20)
@@ -128,7 +128,7 @@ def test_robots_txt_is_obeyed_by_choice():
             "image": 20, "robots": 20}
 
 
-def test_a_site_without_answer_does_not_say_what_it_allows():
+def test_a_robots_txt_without_an_answer_is_no_permission():
     with running(StrictServer({HOSTS[0]: 0})) as server:
         url = f"http://{HOSTS[1]}:{server.port}/image/1"  # nobody listens there
         assert fetched(server, [url], robots_txt=True, retries=0)[0] == [
@@ -139,7 +139,7 @@ def test_a_site_without_answer_does_not_say_what_it_allows():
     (None, "me@example.org", "Mozilla/5.0 (compatible; retrieval-diffusion/0.1; me@example.org)"),
     (None, "https://example.org/bot", "Mozilla/5.0 (compatible; retrieval-diffusion/0.1; +https://example.org/bot)"),
     ("mybot/1", "me@example.org", "mybot/1 (me@example.org)"), ("mybot/1", "", "mybot/1")])
-def test_hosts_are_told_whom_to_ask(agent, contact, header):
+def test_the_user_agent_names_a_contact(agent, contact, header):
     options = {"contact": contact} | ({"user_agent": agent} if agent else {})
     with running(StrictServer({HOSTS[0]: 0})) as server:
         fetched(server, server.urls(HOSTS[0], 1), **options)
@@ -151,12 +151,12 @@ def test_hosts_are_told_whom_to_ask(agent, contact, header):
       for entry in ("0", "-1", "many", "a.example=", "a/b=2", "nan", "inf", "")),
     ({"host_connections": -1}, "shard.download.host_connections = -1: must be at least 0"),
     ({"contact": "a)\r\n"}, "shard.download.contact = .*: must be printable ASCII")])
-def test_limits_that_make_no_sense_are_named(options, message):
+def test_senseless_limits_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         DownloadConfig(**options)
 
 
-def test_an_error_of_the_limits_ends_downloads_instead_of_stopping_them():
+def test_an_error_of_the_limits_ends_downloads_and_does_not_hang():
     from pipeline.downloads.downloader import Downloader
 
     class Broken(host_limits.ProcessLimits):
@@ -171,7 +171,7 @@ def test_an_error_of_the_limits_ends_downloads_instead_of_stopping_them():
     asyncio.run(both())
 
 
-def test_the_rate_of_a_host():
+def test_the_rate_of_a_host_is_kept():
     assert parse_host_rates(("*.example.org=5", "10", "Images.example.org=2")) == [
         ("images.example.org", 2.0), ("*.example.org", 5.0), ("*", 10.0)]
     with pytest.raises(ValueError, match=r"expected a host without a port, .*\nhint: --host-rate example.org=2"):

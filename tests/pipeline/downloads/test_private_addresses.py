@@ -25,7 +25,7 @@ PUBLIC = ["8.8.8.8", "93.184.216.34", "100.63.255.255", "100.128.0.1", "172.32.0
 
 
 @pytest.mark.parametrize("address", PRIVATE)
-def test_private_addresses_are_refused_in_urls_and_behind_names(names, connected, address):
+def test_private_ips_are_refused_in_urls_and_behind_names(names, connected, address):
     names.answers["name.test"] = [[address]]
     literal = f"[{address}]" if ":" in address else address
     for url in (f"http://{literal}/", f"https://{literal}:8443/", "http://name.test/"):
@@ -34,7 +34,7 @@ def test_private_addresses_are_refused_in_urls_and_behind_names(names, connected
 
 
 @pytest.mark.parametrize("address", PUBLIC)
-def test_public_addresses_are_connected_to(names, connected, address):
+def test_public_ips_are_connected_to(names, connected, address):
     names.answers["name.test"] = [[address]]
     literal = f"[{address}]" if ":" in address else address
     for url in (f"http://{literal}/", "http://name.test/"):
@@ -47,7 +47,7 @@ def test_public_addresses_are_connected_to(names, connected, address):
     "%31%32%37.0.0.1", "１２７.0.0.1", "①②⑦.⓪.⓪.①", "127。0。0。1", "127.0.0.1", "user:password@127.0.0.1",
     "8.8.8.8@127.0.0.1", "127.0.0.1:80",
 ])
-def test_spellings_that_a_browser_reads_as_this_machine(connected, host):
+def test_browser_spellings_of_this_machine_are_refused(connected, host):
     assert reason(f"http://{host}/", allow_hosts=()) == "forbidden_address" and not connected
     assert reason(f"http://{host.removesuffix(':80')}:9/") == "connect" and set(connected) == {"127.0.0.1"}
 
@@ -57,30 +57,30 @@ def test_spellings_that_a_browser_reads_as_this_machine(connected, host):
     "127.0.0.1.", "0", "0x0", "0xA9FEA9FE", "[::ffff:7f00:1]", "[::ffff:127.0.0.1]", "[0:0:0:0:0:0:0:1]", "localhost",
     "LOCALHOST",
 ])
-def test_other_names_of_this_machine(connected, host):
+def test_system_spellings_of_this_machine_are_refused(connected, host):
     """These use the system's resolver, because it may read such names as IPs."""
     assert reason(f"http://{host}/", allow_hosts=()) == "forbidden_address"
     assert reason(f"http://{host}/", allow_hosts=("127.0.0.1",)) == "forbidden_address"
     assert not connected
 
 
-def test_spellings_of_other_machines_are_theirs(connected):
+def test_spellings_of_other_machines_are_allowed(connected):
     assert reason("http://0x08080808/", allow_hosts=()) == "connect" and connected == ["8.8.8.8"]
 
 
-def test_numbers_that_only_the_system_takes_for_addresses(names, connected):
+def test_numbers_that_only_the_system_reads_as_ips_are_refused(names, connected):
     names.answers["0x7f.1e"] = [["127.0.0.1"]]
     assert reason("http://0x7f.1e/", allow_hosts=()) == "forbidden_address" and not connected
 
 
-def test_one_private_address_among_public_ones_is_enough(names, connected):
+def test_one_private_ip_among_public_ones_is_refused(names, connected):
     for addresses in (["8.8.8.8", "10.0.0.1"], ["2606:4700::1111", "8.8.8.8", "::1"]):
         names.answers["mixed.test"] = [addresses]
         assert reason("http://mixed.test/", allow_hosts=()) == "forbidden_address"
     assert not connected
 
 
-def test_the_address_that_was_checked_is_connected_to(site, names, connected):
+def test_the_connection_goes_to_the_checked_ip(site, names, connected):
     """A name that changes its address after the check leads nowhere else."""
     port = site.rpartition(":")[2]
     names.answers["rebound.test"] = [["8.8.8.8"], ["127.0.0.1"]]
@@ -93,14 +93,14 @@ def test_the_address_that_was_checked_is_connected_to(site, names, connected):
     assert connected[-1] == "127.0.0.1" and web_server.seen(site)["requests"] == 1
 
 
-def test_a_name_that_turns_private_is_refused_when_it_is_looked_up_again(site, names, connected, monkeypatch):
+def test_a_name_that_becomes_private_is_refused_at_the_next_lookup(site, names, connected, monkeypatch):
     monkeypatch.setattr(resolver, "_DNS_SECONDS", -1.0)
     names.answers["rebound.test"] = [["8.8.8.8"], ["127.0.0.1"]]
     assert reason("http://rebound.test/", allow_hosts=(), retries=2) == "forbidden_address"
     assert connected == ["8.8.8.8"]
 
 
-def test_allowed_hosts(site, names):
+def test_allowed_hosts_may_be_private(site, names):
     host, _, port = site.rpartition(":")
     names.answers.update({"mine.test": [["127.0.0.1"]], "other.test": [["127.0.0.1"]]})
     url, to = f"http://{site}/a.jpg", f"http://{site}/redirect?to="
@@ -120,7 +120,7 @@ def test_allowed_hosts(site, names):
             "http_404:", "forbidden"]
 
 
-def test_allowed_hosts_of_ipv6(connected):
+def test_allowed_hosts_may_be_private_with_ipv6(connected):
     for allowed in ("::1", "[::1]", "[::1]:9", "0:0::1"):
         assert reason("http://[::1]:9/", allow_hosts=(allowed,)) == "connect"
     assert reason("http://[::1]:8/", allow_hosts=("[::1]:9",)) == "forbidden_address"

@@ -14,14 +14,14 @@ from tests.pipeline.downloads.download_requests import FILES, config, get, reaso
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
 
-def test_names_that_do_not_exist_are_asked_once(names):
+def test_missing_names_are_looked_up_once(names):
     for error in (socket.EAI_NONAME, socket.EAI_NODATA, socket.EAI_FAIL):
         names.answers[f"e{-error}.test"] = [error]
         assert results([f"http://e{-error}.test/"] * 20, retries=2) == ["dns: no such name"] * 20
         assert names.lookups[f"e{-error}.test"] == 1
 
 
-def test_name_servers_that_do_not_answer_are_asked_again_and_then_given_up(site, names):
+def test_silent_name_servers_are_retried_and_then_fail(site, names):
     port = site.rpartition(":")[2]
     names.answers["shaky.test"] = [socket.EAI_AGAIN, socket.EAI_AGAIN, ["127.0.0.1"]]
     assert get(f"http://shaky.test:{port}/a.jpg", retries=2, allow_hosts=("shaky.test",)) == FILES["a.jpg"]
@@ -36,7 +36,7 @@ def test_name_servers_that_do_not_answer_are_asked_again_and_then_given_up(site,
     assert names.lookups["dead.test"] == 3
 
 
-def test_a_name_is_asked_once_by_all_who_want_it(site, names):
+def test_parallel_requests_share_one_lookup(site, names):
     port = site.rpartition(":")[2]
 
     def slowly() -> list[str]:
@@ -47,7 +47,7 @@ def test_a_name_is_asked_once_by_all_who_want_it(site, names):
     assert names.lookups["mine.test"] == 1
 
 
-def test_who_gives_up_on_a_name_takes_it_from_nobody_else(names):
+def test_a_cancelled_lookup_does_not_cancel_others(names):
     def slowly() -> int:
         time.sleep(0.3)
         return socket.EAI_NONAME
@@ -64,7 +64,7 @@ def test_who_gives_up_on_a_name_takes_it_from_nobody_else(names):
     asyncio.run(two())
 
 
-def test_slow_names_keep_neither_each_other_waiting_nor_the_end(names):
+def test_slow_names_delay_neither_each_other_nor_the_end(names):
     def slowly() -> int:
         time.sleep(0.4)
         return socket.EAI_NONAME

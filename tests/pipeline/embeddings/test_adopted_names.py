@@ -74,7 +74,7 @@ def test_an_export_is_adopted_back_whatever_its_keys_are(place, exported):
     check_adopted(*place, exported)
 
 
-def test_keys_that_recur_find_their_vectors_without_hashes_and_in_any_order(place, exported):
+def test_repeated_keys_match_their_vectors_without_hashes_in_any_order(place, exported):
     dataset, folder = place
     rewrite(folder, lambda table, vectors: (table.select(["image_path"])[::-1], vectors[::-1]))
     check_adopted(dataset, folder, exported)

@@ -77,7 +77,7 @@ def test_a_folder_of_the_bundled_model_gives_its_vectors(copied: Dataset, built:
 @pytest.mark.parametrize("other", [
     {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}, {"interpolation": "bilinear"}, {"resize_mode": "squash"},
     {"resize_mode": "longest", "fill_color": 255}, {"interpolation": "random", "mean": None}])
-def test_the_preprocessing_is_that_of_the_folder(other: dict[str, Any], tmp_path: Path) -> None:
+def test_the_preprocessing_comes_from_the_folder(other: dict[str, Any], tmp_path: Path) -> None:
     config, plain = ClipConfig(write_model(tmp_path / "model", other), precision="fp32"), ClipConfig(precision="fp32")
     preprocessing, usual = describe_encoder(config)["preprocessing"], describe_encoder(plain)["preprocessing"]
     changes = {{"resize_mode": "resize"}.get(key, key): value for key, value in other.items() if value is not None}
@@ -91,7 +91,7 @@ def test_the_preprocessing_is_that_of_the_folder(other: dict[str, Any], tmp_path
         assert (vectors[0] * vectors[1]).sum(1).min() < 1 - 2e-5
 
 
-def test_the_size_of_pictures_is_that_of_the_folder(tmp_path: Path) -> None:
+def test_the_image_size_comes_from_the_folder(tmp_path: Path) -> None:
     config = ClipConfig(write_model(tmp_path / "model", {"size": 64}, image_size=32), precision="fp32")
     assert describe_encoder(config)["preprocessing"]["image_size"] == 32
     assert describe_encoder(config)["architecture_sha256"] != describe_encoder(ClipConfig())["architecture_sha256"]
@@ -113,7 +113,7 @@ def test_a_description_loads_no_weights(tmp_path: Path) -> None:
         clip.load_encoder(ClipConfig(model))
 
 
-def test_of_several_weights_the_ones_that_are_loaded_are_described(tmp_path: Path) -> None:
+def test_the_description_names_the_loaded_weights_of_several(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "open_clip_model.safetensors")
     save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, tmp_path / "model" / "a.safetensors")
@@ -198,7 +198,7 @@ def test_a_model_of_a_hub_is_found_in_its_cache(tmp_path: Path) -> None:
     assert process.returncode == 1 and "hf-hub:someone/small cannot be read: " in process.stderr
 
 
-def test_a_hub_that_cannot_be_reached_is_said_in_a_sentence(tmp_path: Path) -> None:
+def test_an_unreachable_hub_has_a_message_of_one_sentence(tmp_path: Path) -> None:
     process = describe_in_new_process("hf-hub:someone/absent", tmp_path)
     lines = process.stderr.strip().splitlines()
     assert process.returncode == 1 and "Traceback" not in process.stderr

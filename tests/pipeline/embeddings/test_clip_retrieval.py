@@ -47,7 +47,7 @@ def test_the_layout_is_clip_retrievals(copied, built):
     assert list(verify.find_faults(copied.root, copied.path("clip-retrieval"))) == []
 
 
-def test_what_was_exported_is_adopted_in_any_order(copied, built, exported):
+def test_an_export_is_adopted_in_any_order(copied, built, exported):
     """Files in another order and rows in another order, as other tools may have written them."""
     everything = np.concatenate([np.load(path) for path in sorted((exported / "img_emb").iterdir())])
     names = [name for path in sorted((exported / "metadata").iterdir())
@@ -77,7 +77,7 @@ def test_rows_that_are_missing_are_marked_and_counted(copied, exported):
     assert np.flatnonzero(~Embeddings(copied).all().any(1)).tolist() == [30, 31, 32]
 
 
-def test_vectors_of_other_pictures_are_refused(copied, exported):
+def test_vectors_of_other_images_are_refused(copied, exported):
     for path in (exported / "img_emb").iterdir():
         np.save(path, np.roll(np.load(path), 1, axis=0))
     with pytest.raises(StageFailed, match=r"do not fit shard .* of tiny-clip-64"):
@@ -105,7 +105,7 @@ def test_metadata_without_names_or_cut_short_is_named(copied, exported):
         run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)), overwrite=True)
 
 
-def test_vectors_in_another_order_are_refused_though_they_begin_well(copied, exported):
+def test_vectors_in_another_order_are_refused_even_if_the_first_match(copied, exported):
     for path in (exported / "img_emb").iterdir():
         vectors = np.load(path)
         np.save(path, np.concatenate([vectors[:4], vectors[4:][::-1]]))
@@ -113,7 +113,7 @@ def test_vectors_in_another_order_are_refused_though_they_begin_well(copied, exp
         run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)))
 
 
-def test_folders_that_do_not_hang_together_are_refused(copied, exported, tmp_path):
+def test_inconsistent_folders_are_refused(copied, exported, tmp_path):
     with pytest.raises(ValueError, match="has no img_emb"):
         run_stage(AdoptEmbeddings(copied, CONFIG, str(tmp_path)))
     path = sorted((exported / "img_emb").iterdir())[0]

@@ -74,7 +74,7 @@ NAMES: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("name", ["row", "file", "stem"])
-def test_each_vector_comes_to_its_patch(name: str, patched: Any, tmp_path: Path) -> None:
+def test_each_vector_is_matched_with_its_patch(name: str, patched: Any, tmp_path: Path) -> None:
     source, vectors, rows = patched
     order = np.random.default_rng(0).permutation(len(rows))  # theirs may be any
     ids = np.array([NAMES[name](row) for row in rows])
@@ -90,7 +90,7 @@ def test_each_vector_comes_to_its_patch(name: str, patched: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["row", "key", "file"])
-def test_whole_pictures_are_found_too(name: str, tmp_path: Path) -> None:
+def test_uncropped_images_are_matched_too(name: str, tmp_path: Path) -> None:
     dataset = sharded(tmp_path / "root", pictures(tmp_path / "pictures"), 0)
     run_stage(Embed(dataset, CONFIG))
     vectors, rows = Embeddings(dataset).all(), rows_of(dataset)
@@ -131,7 +131,7 @@ def test_patches_that_were_cut_elsewhere_are_refused(patched: Any, tmp_path: Pat
     assert "has 2 patches of the image 2: expected one at " in text and "short side of the image 96" in text
 
 
-def test_patches_of_pictures_that_were_not_cut_are_refused(patched: Any, tmp_path: Path) -> None:
+def test_patches_of_uncropped_images_are_refused(patched: Any, tmp_path: Path) -> None:
     source, vectors, rows = patched
     ids = np.array([row["source_row"] for row in rows])
     text = refused(sharded(tmp_path / "root", source, 0),
@@ -139,7 +139,7 @@ def test_patches_of_pictures_that_were_not_cut_are_refused(patched: Any, tmp_pat
     assert "2 patches of the image 0" in text and "is no patch" in text
 
 
-def test_vectors_of_other_pictures_or_of_none_are_refused(patched: Any, tmp_path: Path) -> None:
+def test_vectors_of_other_or_missing_images_are_refused(patched: Any, tmp_path: Path) -> None:
     source, vectors, rows = patched
     ids, dataset = np.array([row["source_row"] for row in rows]), sharded(tmp_path / "root", source, 2)
     text = refused(dataset, archived(tmp_path / "turned", np.roll(vectors, 2, 0), ids, coordinates(rows)))
@@ -152,7 +152,7 @@ def test_vectors_of_other_pictures_or_of_none_are_refused(patched: Any, tmp_path
     assert "vectors of 64 numbers, tiny-clip-64 makes 256" in text
 
 
-def test_vectors_that_are_none_are_counted(patched: Any, tmp_path: Path) -> None:
+def test_invalid_vectors_are_counted(patched: Any, tmp_path: Path) -> None:
     source, vectors, rows = patched
     spoiled, ids = vectors.astype(np.float32), np.array([row["source_row"] for row in rows])
     spoiled[0], spoiled[3, 7], spoiled[17] = 0, np.nan, np.inf

@@ -70,7 +70,7 @@ def test_embeddings_are_those_of_open_clip_row_by_row(built):
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
 @pytest.mark.parametrize(("width", "height"), [(256, 256), (341, 256), (256, 341), (64, 64), (64, 97), (31, 50),
                                                (1000, 99), (640, 427)])
-def test_pictures_are_prepared_as_open_clip_does_it(width, height, mode, interpolation):
+def test_images_are_preprocessed_as_in_open_clip(width, height, mode, interpolation):
     """Level for level but for the rounding of two libraries; a crop one pixel further is off by ten times as much."""
     preprocessing = open_clip.transform.PreprocessCfg(size=64, interpolation=interpolation, resize_mode=mode)
     encoder = replace(clip.load_encoder(ClipConfig()),
@@ -118,7 +118,7 @@ def test_captions_have_embeddings_of_the_same_rows(copied):
     assert list(verify.find_faults(copied.root, copied.path("text_embeddings"))) == []
 
 
-def test_the_manifest_tells_seconds_and_memory(built):
+def test_the_manifest_has_seconds_and_memory(built):
     for record in built.manifest("embeddings")["items"]:
         assert record["run"]["times"].keys() >= {"read", "decode", "forward", "wait", "write"}
         assert record["run"]["times"]["forward"] > 0 and record["run"]["peak_mb"] > 100
@@ -138,7 +138,7 @@ def test_rows_by_id_are_rows_by_shard(built):
     np.testing.assert_array_equal(rows[ids >= 0], every[ids[ids >= 0]])
 
 
-def test_texts_are_those_of_open_clip():
+def test_text_vectors_are_those_of_open_clip():
     encoder = clip.load_encoder(ClipConfig(precision="fp32"))
     model = encoder.model
     texts = ["a red heart", "blue square"]
@@ -149,7 +149,7 @@ def test_texts_are_those_of_open_clip():
     assert (clip.load_encoder(ClipConfig(precision="bf16")).texts(texts) * expected).sum(1).min() > 1 - 1e-3
 
 
-def test_the_description_is_of_what_was_loaded():
+def test_the_description_is_that_of_the_loaded_encoder():
     description, encoder = describe_encoder(ClipConfig()), clip.load_encoder(ClipConfig())
     loaded = encoder.model.visual.preprocess_cfg
     assert description["dim"] == encoder.dim == 256
@@ -175,7 +175,7 @@ def test_the_description_has_the_preprocessing_of_the_tag(model, tmp_path, monke
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_the_size_of_batches_changes_next_to_nothing(built, copied, size):
+def test_the_batch_size_changes_vectors_by_rounding_only(built, copied, size):
     shutil.rmtree(copied.folder("embeddings"))
     run_stage(Embed(copied, EmbedConfig(batch_size=size)))
     expected, vectors = Embeddings(built).all().astype(np.float32), Embeddings(copied).all().astype(np.float32)
@@ -183,7 +183,7 @@ def test_the_size_of_batches_changes_next_to_nothing(built, copied, size):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_two_runs_give_the_same_bytes_whatever_the_threads(threads, built, copied, monkeypatch):
+def test_two_runs_give_the_same_bytes_with_any_number_of_threads(threads, built, copied, monkeypatch):
     before = torch.get_num_threads()
     shutil.rmtree(copied.folder("embeddings"))
     monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
@@ -214,7 +214,7 @@ def test_a_small_shard_keeps_two_threads_busy(copied, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 16, 500])
-def test_forward_passes_are_even_and_of_a_size_that_pays(size):
+def test_forward_passes_have_even_and_efficient_sizes(size):
     for count in range(1, 200):
         part = samples_per_pass(count, size)
         sizes = [min(part, count - first) for first in range(0, count, part)]
@@ -249,7 +249,7 @@ def change_weights(weights, folder):
     return folder / "w.safetensors"
 
 
-def test_weights_swapped_under_the_same_name_are_refused(copied, weights, tmp_path):
+def test_other_weights_under_the_same_name_are_refused(copied, weights, tmp_path):
     shutil.rmtree(copied.folder("embeddings"))
     copied_weights = shutil.copy(weights, tmp_path / "w.safetensors")
     config = EmbedConfig(pretrained=str(copied_weights))
@@ -273,7 +273,7 @@ def test_a_worker_with_other_weights_than_the_plan_is_refused(copied, weights, t
     assert storage.list_files(storage.join(stage.folder, "records")) == []
 
 
-def test_what_open_clip_does_not_know_is_refused(copied, tmp_path):
+def test_a_model_unknown_to_open_clip_is_refused(copied, tmp_path):
     (tmp_path / "wrong.safetensors").write_bytes(b"no weights")
     for config, message in [
         (EmbedConfig(model="no-such-model", pretrained=__file__), "open_clip knows no model"),
@@ -310,7 +310,7 @@ def test_a_tar_cut_between_two_members_is_refused(copied):
         run_stage(Embed(copied, EmbedConfig()))
 
 
-def test_a_picture_that_does_not_decode_is_a_row_of_zeros(copied, built):
+def test_an_undecodable_image_is_a_row_of_zeros(copied, built):
     shutil.rmtree(copied.folder("embeddings"))
     folder = copied.folder("shards")
     manifest = storage.read_json(storage.join(folder, "manifest.json"))

@@ -51,7 +51,7 @@ def files_of(dataset: Dataset) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("size", [25, 80])
-def test_batches_go_on_from_shard_to_shard_and_files_do_not(size, copied, built, encoded_batches):
+def test_batches_span_shards_and_files_do_not(size, copied, built, encoded_batches):
     """72 images are in shards of 30, 30 and 12. All batches but the last are full, across shards."""
     shutil.rmtree(copied.folder("embeddings"))
     sealed = run_stage(Embed(copied, EmbedConfig(batch_size=size)))
@@ -86,7 +86,7 @@ def test_a_shard_that_fails_among_others_fails_alone(copied, encoded_batches):
     assert encoded_batches == [(25, 25), (5, 25)]  # what had a record was not made again
 
 
-def test_pictures_that_do_not_decode_take_no_place_in_a_batch(copied, encoded_batches):
+def test_undecodable_images_take_no_place_in_a_batch(copied, encoded_batches):
     shutil.rmtree(copied.folder("embeddings"))
     folder = copied.folder("shards")
     manifest = storage.read_json(storage.join(folder, "manifest.json"))
@@ -160,7 +160,7 @@ def test_one_image_that_does_not_fit_is_an_error_with_a_hint(copied, encoded_bat
         run_stage(Embed(copied, EmbedConfig(batch_size=4)))
 
 
-def test_captions_are_halved_too(copied, small_memory):
+def test_out_of_memory_halves_batches_of_captions_too(copied, small_memory):
     plain = run_stage(EmbedCaptions(copied, EmbedConfig()))
     before = Embeddings(copied, "text_embeddings").all().astype(np.float32)
     passes = small_memory(4)
@@ -170,7 +170,7 @@ def test_captions_are_halved_too(copied, small_memory):
     assert "items_with_halved_batches" not in plain["run"] and sealed["run"]["items_with_halved_batches"] > 0
 
 
-def test_an_encoder_that_fails_for_good_is_told_and_gone_on_with(copied, encoded_batches, monkeypatch):
+def test_after_an_error_of_the_encoder_each_shard_is_tried_alone(copied, encoded_batches, monkeypatch):
     """One error ends all that were taken together; each is tried alone then."""
     shutil.rmtree(copied.folder("embeddings"))
     encoder = clip.load_encoder(ClipConfig())
@@ -191,7 +191,7 @@ def test_an_encoder_that_fails_for_good_is_told_and_gone_on_with(copied, encoded
     assert files_of(copied) == before and len(passes) > 5
 
 
-def test_batches_are_of_new_shards_where_others_stay(copied, encoded_batches):
+def test_batches_have_only_the_shards_that_changed(copied, encoded_batches):
     folder, following = copied.folder("shards"), copied.next_version()
     shutil.copytree(folder, following.folder("shards"))
     manifest = storage.read_json(storage.join(following.folder("shards"), "manifest.json"))
@@ -220,7 +220,7 @@ def least_memory(dataset: Dataset, config: EmbedConfig) -> str:
     return str(caught.value).rpartition("--max-memory ")[2]
 
 
-def test_memory_bounds_what_is_under_way_and_changes_no_byte(copied, built, monkeypatch):
+def test_memory_bounds_the_images_in_progress_and_changes_no_byte(copied, built, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     shutil.rmtree(copied.folder("embeddings"))
     least = least_memory(copied, EmbedConfig(batch_size=16))
@@ -248,7 +248,7 @@ def test_memory_bounds_what_is_under_way_and_changes_no_byte(copied, built, monk
 
 
 @pytest.mark.parametrize("whole_batches", [False, True])
-def test_more_memory_is_more_under_way_and_never_more_than_there_is(whole_batches):
+def test_more_memory_means_more_images_in_progress_up_to_their_number(whole_batches):
     shards, before = [(10_000, 10_000 * 30_000)], None
     for megabytes in range(100, 6000, 37):
         try:

@@ -50,7 +50,7 @@ def _ask(repository: str, endpoint: str, home: Path) -> "subprocess.CompletedPro
         **os.environ, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "PYTHONPATH": str(Path(__file__).parents[3])})
 
 
-def test_an_offered_file_an_absent_one_and_a_hub_without_network(hub: str, tmp_path: Path) -> None:
+def test_a_hub_offers_a_file_lacks_it_or_is_unreachable(hub: str, tmp_path: Path) -> None:
     assert _ask("someone/there", hub, tmp_path).stdout == "False\n"
     absent = _ask("someone/absent", hub, tmp_path).stderr
     assert "do not exist: the hub has no someone/absent" in absent and "\nhint: " in absent

@@ -49,7 +49,7 @@ def test_weights_are_offered_or_do_not_exist(hub: None) -> None:
             check_weights(ClipConfig(f"hf-hub:{repository}"))
 
 
-def test_no_network_is_another_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_network_is_a_different_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"http://127.0.0.1:9{_TEMPLATE}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     for config in (ClipConfig("hf-hub:someone/small"), ClipConfig("ViT-B-32", "openai")):
@@ -57,7 +57,7 @@ def test_no_network_is_another_error(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             check_weights(config)
 
 
-def test_weights_in_files(tmp_path: Path) -> None:
+def test_weights_in_a_file_are_checked(tmp_path: Path) -> None:
     weights = tmp_path / "weights.pt"
     weights.write_bytes(b"weights")
     assert check_weights(ClipConfig("ViT-B-32", str(weights))) and check_weights(ClipConfig())

@@ -55,7 +55,7 @@ def test_failures_are_recognized_by_type_and_text(kind, error_type, text):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_what_torch_raises_here_without_a_gpu_is_recognized():
+def test_errors_of_torch_without_a_gpu_are_recognized():
     with pytest.raises((RuntimeError, AssertionError)) as caught:
         torch.zeros(1, device="cuda")
     assert devices.failure_kind(caught.value) == "no device"
@@ -78,7 +78,7 @@ def test_cards_are_named_as_nvidia_smi_lists_them(tmp_path, monkeypatch):
     assert devices.list_cards("2") == ""
 
 
-def test_a_batch_that_fits_is_not_cut_and_other_errors_are_raised():
+def test_a_batch_that_fits_is_not_split_and_other_errors_are_raised():
     fit, seen = devices.BatchFit(), []
     assert fit([1, 2, 3], 8, lambda rows, most: seen.append(most) or rows, sum) == [1, 2, 3]
     assert seen == [8] and fit.most is None and fit.times() == {}

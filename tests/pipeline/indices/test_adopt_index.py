@@ -60,7 +60,7 @@ def test_an_index_of_the_same_rows_is_sealed_and_searched(tmp_path, dataset, key
     assert list(verify.find_faults(dataset.root, dataset.path("index"))) == []
 
 
-def test_lists_in_a_file_of_their_own_are_taken_along(tmp_path, dataset):
+def test_lists_in_a_separate_file_are_adopted_too(tmp_path, dataset):
     file = write_foreign(tmp_path, "IVF16,SQ8")
     whole, empty = faiss.read_index(str(file)), remove_rows(faiss.read_index(str(file)))
     merge_on_disk(empty, [whole], tmp_path / LISTS, shift=False)
@@ -124,7 +124,7 @@ def test_one_shard_in_another_order_is_refused_though_most_rows_are_right(tmp_pa
         adopt(dataset, write_foreign(tmp_path, "SQ8", vectors))
 
 
-def test_ids_that_are_no_global_rows_are_refused(tmp_path, dataset):
+def test_ids_other_than_global_rows_are_refused(tmp_path, dataset):
     index = faiss.IndexIDMap(faiss.IndexFlatIP(32))
     index.add_with_ids(VECTORS, np.arange(1_500) + 7)
     faiss.write_index(index, str(tmp_path / "mapped"))

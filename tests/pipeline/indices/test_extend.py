@@ -64,7 +64,7 @@ def test_an_extended_index_is_the_trained_one_filled_with_the_rows_of_the_new_ve
     assert list(verify.find_faults(following.root, following.path("index"))) == []
 
 
-def test_an_extension_of_an_extension_and_the_removal_of_the_base(tmp_path, vectors):
+def test_an_extension_can_be_extended_and_its_base_removed(tmp_path, vectors):
     base, following = versions(tmp_path, vectors)
     run_stage(Index(base, IndexConfig(key="IVF16,SQ8")))
     run_stage(Extension(following, base, IndexConfig(max_drift=9)))
@@ -96,7 +96,7 @@ def test_queries_of_an_extended_index_were_not_trained_on(tmp_path, vectors):
     assert (rows.rows(held_of_base) == Embeddings(base).rows(rows_in_base)).all()
 
 
-def test_equal_rows_are_counted_as_often_as_they_are_there(tmp_path, vectors):
+def test_equal_rows_are_counted_as_often_as_they_occur(tmp_path, vectors):
     base = synthetic.vector_dataset(tmp_path, "x", [np.repeat(vectors[:3], 2, 0), vectors[10:20]])
     following = synthetic.vector_dataset(tmp_path, "x@v2", [np.repeat(vectors[:3], 3, 0), vectors[10:20],
                                                              vectors[10:20]])
@@ -104,7 +104,7 @@ def test_equal_rows_are_counted_as_often_as_they_are_there(tmp_path, vectors):
     assert change.kept == 6 + 10 and change.removed == 0 and len(change.added) == 3 + 10
 
 
-def test_a_graph_grows_at_its_end_and_in_no_other_way(tmp_path, vectors):
+def test_a_graph_index_is_extended_only_at_its_end(tmp_path, vectors):
     base = synthetic.vector_dataset(tmp_path, "x", [vectors[:500], vectors[500:900]])
     run_stage(Index(base, IndexConfig(key="HNSW15")))
     grown = synthetic.vector_dataset(tmp_path, "x@v2", [vectors[:500], vectors[500:900], vectors[900:1100]])
@@ -118,7 +118,7 @@ def test_a_graph_grows_at_its_end_and_in_no_other_way(tmp_path, vectors):
 
 
 @pytest.mark.parametrize("key", ["PQ8x4", "IVF16,Flat", "OPQ8_32,IVF16,PQ8x4"])
-def test_vectors_of_another_kind_are_refused_until_they_are_allowed(tmp_path, vectors, key):
+def test_vectors_that_drifted_are_refused_until_max_drift_allows_them(tmp_path, vectors, key):
     others = synthetic.clustered(400, 32, clusters=400, seed=5, spread=3.0)
     base = synthetic.vector_dataset(tmp_path, "x", [vectors])
     run_stage(Index(base, IndexConfig(key=key)))
@@ -208,7 +208,7 @@ def test_parts_of_unequal_size_are_merged_with_the_right_rows(tmp_path, vectors,
     assert list(verify.find_faults(dataset.root, dataset.path("index"))) == []
 
 
-def test_an_index_with_rows_twice_or_beyond_is_not_sealed_and_a_fault(tmp_path, vectors, monkeypatch):
+def test_an_index_with_repeated_or_unknown_rows_is_not_sealed(tmp_path, vectors, monkeypatch):
     dataset = synthetic.vector_dataset(tmp_path, "x", np.array_split(vectors[:600], 3))
     index, _, _, _ = build_whole(vectors[:600], IndexConfig(key="IVF8,Flat"))
     assert count_misnumbered_rows(index) == 0
@@ -251,7 +251,7 @@ def test_rows_with_tombstones_are_never_found(tmp_path, vectors, key):
 
 
 @pytest.mark.parametrize("method", ["index", "exact"])
-def test_neighbours_do_not_have_tombstones(tmp_path, vectors, method):
+def test_rows_with_tombstones_are_no_neighbors(tmp_path, vectors, method):
     dataset = synthetic.vector_dataset(tmp_path, "x", [vectors[:600]])
     run_stage(Index(dataset, IndexConfig(key="IVF16,SQ8")))
     (tmp_path / "keys.txt").write_text("".join(f"000-{row:05d}\n" for row in range(0, 600, 2)))

@@ -47,7 +47,7 @@ def few():
 
 
 @pytest.mark.parametrize("text", ["", "four", "4X", "-1G", "4G5", "1e9", "4i", "4Bi"])
-def test_what_is_no_size_is_refused(text, tmp_path):
+def test_an_invalid_size_is_refused(text, tmp_path):
     with pytest.raises(ValueError, match="must be a size\nhint"):
         Index(Dataset(str(tmp_path), "x"), IndexConfig(max_memory=text))
 
@@ -68,7 +68,7 @@ def test_an_index_above_ten_thousand_vectors_obeys_its_budget(many, budget):
     assert built.ntotal == 10_500
 
 
-def test_above_ten_thousand_the_kind_is_autofaiss_s(many):
+def test_autofaiss_chooses_the_kind_above_ten_thousand_vectors(many):
     from autofaiss.external.optimize import get_optimal_index_keys_v2
     for budget in ("1G", "1M"):  # autofaiss takes M for 2**20
         _, _, info, _ = build_whole(many, IndexConfig(max_memory=f"{budget}i"))
@@ -83,7 +83,7 @@ def test_a_budget_per_vector_is_a_budget_like_any_other(many):
 
 @pytest.mark.parametrize("config", [IndexConfig(max_memory="1Ki"), IndexConfig(max_memory="1Ki", key="SQ8")])
 @pytest.mark.parametrize("count", [50, 600, 2_000])
-def test_an_impossible_budget_names_the_least_and_that_works(few, config, count):
+def test_an_impossible_budget_names_the_least_that_works(few, config, count):
     with pytest.raises(ValueError, match="hint: the smallest possible has about") as caught:
         build_whole(few[:count], config)
     value = re.search(r"--max-memory (\w+)$", str(caught.value))[1]
@@ -128,7 +128,7 @@ def test_recall_is_that_of_queries_that_were_not_trained_on(few, key, floor):
     assert built.ntotal == 2_000
 
 
-def test_effort_is_the_least_that_reaches_the_target(few):
+def test_tuning_takes_the_least_effort_that_reaches_the_target(few):
     efforts = {}
     for target in (0.5, 0.99):
         built, _, info, _ = build_whole(few, IndexConfig(key="IVF64,Flat", target_recall=target))
@@ -153,7 +153,7 @@ def test_training_takes_a_sample_of_all_not_the_first_rows(few):
     assert error < 0.3
 
 
-def test_the_final_fill_uses_what_was_trained(few):
+def test_the_final_fill_uses_the_trained_index(few):
     built, _, _, _ = build_whole(few, IndexConfig(key="PQ8x8"))
     assert built.is_trained and built.ntotal == 2_000
     approximate = built.reconstruct_n(0, 2_000)
@@ -262,7 +262,7 @@ def test_an_index_in_parts_is_the_index_in_one(tmp_path, few):
     np.testing.assert_allclose(queries.scores[:, :10], -np.sort(-products, 1)[:, :10], atol=1e-5)
 
 
-def test_less_recall_than_asked_for_is_not_sealed(tmp_path, few):
+def test_an_index_below_the_required_recall_is_not_sealed(tmp_path, few):
     dataset = synthetic.vector_dataset(tmp_path, "x", np.array_split(few, 3))
     config = IndexConfig(key="PQ4x4", min_recall=0.9)
     with pytest.raises(StageFailed, match=r"recall@10 is 0\.\d+, --min-recall asks for 0\.9\nhint: "):
@@ -373,7 +373,7 @@ def test_a_gpu_finds_what_the_cpu_finds(few, key, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["IVF32,SQ8", "OPQ8_32,IVF16,PQ8x4"])
-def test_rows_filled_by_their_lists_are_those_filled_at_once(few, key):
+def test_filling_list_by_list_gives_the_index_of_one_fill(few, key):
     index = train_index(key, few, 32)
     copied_index = faiss.clone_index(index)
     fill(index, few)

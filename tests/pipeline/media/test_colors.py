@@ -13,7 +13,7 @@ from tests.pipeline.media.sample_images import decoded, gamma, inks, photo, png,
 from tests.pipeline.synthetic import encoded, noise
 
 
-def test_colours_of_cmyk_are_right():
+def test_colors_of_cmyk_are_right():
     solid = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255), "black": (0, 0, 0)}
     for colour, rgb in solid.items():
         cmyk = Image.new("RGB", (32, 32), colour).convert("CMYK")
@@ -40,20 +40,20 @@ def test_transparent_parts_are_white():
 
 
 @pytest.mark.parametrize("values", [[0, 200, 255, 100], [0, 257, 32768, 65535]])
-def test_16_bit_greys_are_scaled_whether_dark_or_bright(values):
+def test_16_bit_grays_are_scaled_whether_dark_or_bright(values):
     data = encoded(Image.fromarray(np.array([values], np.uint16)), "PNG")
     expected = np.round(np.array(values) / 65535 * 255)
     assert decoded(data)[0, :, 0].tolist() == expected.tolist()
 
 
-def test_16_bit_colours_are_8_bit_and_not_passed_through():
+def test_16_bit_colors_become_8_bit():
     rows = b"".join(b"\0" + struct.pack(">6H", *[0x1234, 0x8000, 0xFFFF] * 2) for _ in range(2))
     deep = decode(png(2, 2, 16, 2, rows), 100)
     assert np.abs(np.asarray(deep.image)[0, 0].astype(int) - [0x12, 0x80, 0xFF]).max() <= 1
     assert not deep.plain
 
 
-def test_one_bit_and_float_pictures_have_their_whites():
+def test_one_bit_and_float_images_keep_white():
     bits = Image.new("1", (4, 4))
     bits.putpixel((1, 1), 1)
     assert decoded(encoded(bits, "PNG"))[1, 1].tolist() == [255, 255, 255]
@@ -72,7 +72,7 @@ def p3_as_srgb(colour: tuple[int, int, int]) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("colour", [(200, 100, 50), (255, 0, 0), (128, 128, 128), (30, 160, 220)])
-def test_wide_colours_become_srgb(kind, colour):
+def test_wide_colors_become_srgb(kind, colour):
     options = {"lossless": True} if kind == "WEBP" else {} if kind in {"PNG", "TIFF"} else {"quality": 100}
     flat = Image.new("RGB", (32, 32), colour)
     picture = decode(encoded(flat, kind, icc_profile=wide_gamut(), **options), 2000)
@@ -84,7 +84,7 @@ def test_wide_colours_become_srgb(kind, colour):
     assert np.abs(np.asarray(small.image)[16, 16] - p3_as_srgb(colour)).max() <= 5 and small.image.width == 50
 
 
-def test_srgb_by_whatever_name_is_left_alone():
+def test_srgb_profiles_of_any_name_change_nothing():
     own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     srgb = profile(b"RGB ", {b"rXYZ": xyz(0.4361, 0.2225, 0.0139), b"gXYZ": xyz(0.3851, 0.7169, 0.0971),
                              b"bXYZ": xyz(0.1431, 0.0606, 0.7141)}
@@ -97,7 +97,7 @@ def test_srgb_by_whatever_name_is_left_alone():
         assert np.asarray(picture.image).tolist() == np.asarray(noise(16, 16)).tolist()
 
 
-def test_profiles_of_greys_and_inks():
+def test_profiles_of_grays_and_inks_are_applied():
     dark = profile(b"GRAY", {b"kTRC": gamma(1.0)})
     expected = 1.055 * (100 / 255) ** (1 / 2.4) * 255 - 0.055 * 255
     for mode, colour in (("L", 100), ("LA", (100, 255))):
@@ -115,14 +115,14 @@ def test_profiles_of_greys_and_inks():
 @pytest.mark.parametrize("broken", [b"not a profile", wide_gamut()[:200], inks(), profile(b"GRAY", {}),
                                     profile(b"GRAY", {b"kTRC": gamma(1.8)}), bytes(5 << 20)],
                          ids=["text", "cut", "inks", "empty", "greys", "giant"])
-def test_a_broken_profile_is_remarked_on_and_ignored(broken):
+def test_a_broken_profile_is_noted_and_ignored(broken):
     picture = decode(encoded(noise(8, 8), "TIFF", icc_profile=broken), 100)
     assert [remark for remark, _ in picture.remarks] == ["bad_profile"]
     assert np.asarray(picture.image).tolist() == np.asarray(noise(8, 8)).tolist()
 
 
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "4:1:1"])
-def test_colours_that_are_coarser_one_way_stay_true(subsampling):
+def test_colors_subsampled_in_one_direction_stay_right(subsampling):
     picture = photo(1203, 805)
     data = encoded(picture, "JPEG", quality=95, subsampling=subsampling)
     for size in (64, 128, 256):

@@ -11,7 +11,7 @@ def red(width: int = 32, height: int = 32) -> Image.Image:
     return Image.new("RGB", (width, height), RED)
 
 
-def test_cells_stand_row_by_row_and_none_is_grey():
+def test_cells_are_row_by_row_and_a_missing_image_is_gray():
     sheet = contact_sheet([red(), None, red()], 2, cell=32, gap=6)
     assert sheet.mode == "RGB" and sheet.size == (6 + 32 + 6 + 32 + 6, 6 + 32 + 6 + 32 + 6)
     assert sheet.getpixel((6 + 16, 6 + 16)) == RED
@@ -20,18 +20,18 @@ def test_cells_stand_row_by_row_and_none_is_grey():
     assert sheet.getpixel((44 + 16, 44 + 16)) == WHITE  # the last row is not full
 
 
-def test_pictures_are_fitted_undistorted_and_centred():
+def test_images_are_fitted_undistorted_and_centered():
     pixels = np.asarray(contact_sheet([red(100, 50)], 1, cell=40, gap=5))
     y, x = np.nonzero((pixels == RED).all(2))
     assert (x.min(), x.max()) == (5, 44) and (y.min(), y.max()) == (15, 34)
 
 
-def test_white_shows_through_transparency():
+def test_transparent_parts_of_a_cell_are_white():
     sheet = contact_sheet([Image.new("RGBA", (8, 8), (0, 0, 0, 0))], 1, cell=32)
     assert sheet.getextrema() == ((255, 255),) * 3
 
 
-def test_text_takes_room_outside_the_cells_only():
+def test_text_is_outside_the_cells():
     long = "a very long caption about counterclockwise-arrows-button and nothing else at all"
     plain = contact_sheet([red()] * 6, 3, cell=48)
     sheet = contact_sheet(
@@ -51,7 +51,7 @@ def test_text_takes_room_outside_the_cells_only():
 
 
 @pytest.mark.timeout(60)
-def test_a_word_of_any_length_is_cut():
+def test_a_long_word_is_cut():
     """Not letter by letter, each time measuring what is left."""
     assert contact_sheet([red()], 1, row_labels=["x" * 100_000]).width < 300
 
@@ -71,7 +71,7 @@ def test_same_input_gives_same_pixels():
         {"column_labels": []},
     ],
 )
-def test_what_does_not_fit_together_is_refused(wrong):
+def test_inconsistent_arguments_are_refused(wrong):
     with pytest.raises(ValueError, match=r"columns|labels"):
         contact_sheet([red(), red()], **{"columns": 2, **wrong})
 
@@ -80,7 +80,7 @@ def test_an_empty_sheet_is_white():
     assert contact_sheet([], 3).getextrema() == ((255, 255),) * 3
 
 
-def test_a_label_of_lines_cuts_each_line_and_hides_none():
+def test_each_line_of_a_label_is_cut_and_none_is_hidden():
     def ink_below(*lines: str) -> list[bool]:
         pixels = np.asarray(contact_sheet([red()], 1, cell=96, labels=[lines], label_lines=3, text_size=12))
         dark = (pixels[96 + 9:].min(2) < 200).any(1)

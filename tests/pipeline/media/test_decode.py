@@ -13,7 +13,7 @@ from tests.pipeline.media.sample_images import decoded, png, reason, wide_gamut
 from tests.pipeline.synthetic import encoded, noise
 
 
-def test_what_is_wrong_has_a_name():
+def test_every_undecodable_image_has_a_reason():
     jpeg = encoded(noise(64, 64), "JPEG")
     assert reason(b"") == "empty_file"
     assert reason(b"this is no picture") == "not_a_picture"
@@ -26,7 +26,7 @@ def test_what_is_wrong_has_a_name():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF"])
-def test_spoiled_bytes_give_a_picture_or_a_reason(kind, capfd):
+def test_damaged_bytes_give_an_image_or_a_reason(kind, capfd):
     """Nothing else may come out of a decoder, whatever the bytes."""
     chance = random.Random(kind)
     frames = [noise(24, 20, seed) for seed in range(3)]
@@ -50,7 +50,7 @@ def test_spoiled_bytes_give_a_picture_or_a_reason(kind, capfd):
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_of_an_animation_the_first_frame_is_taken(kind):
+def test_the_first_frame_of_an_animation_is_decoded(kind):
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
     picture = decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options), 1000)
@@ -67,7 +67,7 @@ def turned(upright: Image.Image, orientation: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_stand_upright(orientation):
+def test_images_are_turned_upright(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     upright = Image.new("RGB", (24, 16), "white")
@@ -78,14 +78,14 @@ def test_pictures_stand_upright(orientation):
     assert not picture.plain or orientation == 1
 
 
-def test_only_bytes_that_say_exactly_these_pixels_are_plain():
+def test_only_rgb_files_without_changes_are_plain():
     assert decode(encoded(noise(8, 8), "PNG"), 100).plain
     assert decode(encoded(noise(8, 8), "JPEG"), 100).plain
     for other in ("L", "P", "RGBA", "1"):
         assert not decode(encoded(noise(8, 8).convert(other), "PNG"), 100).plain
 
 
-def test_small_and_narrow_pictures_are_refused_on_the_header():
+def test_small_and_narrow_images_are_refused_by_their_header():
     def refused(data, **limits):
         with pytest.raises(BadImage) as caught:
             decode(data, 10_000_000, **limits)
@@ -104,10 +104,10 @@ def test_small_and_narrow_pictures_are_refused_on_the_header():
     assert decode_pixels(encoded(Image.new("RGB", (500, 1)), "PNG")).shape == (1, 500, 3)
 
 
-def test_a_spoiled_exif_block_does_not_spoil_the_picture():
+def test_a_damaged_exif_block_does_not_change_the_image():
     assert decode(encoded(noise(8, 8), "JPEG", exif=b"Exif\0\0no TIFF at all"), 100).plain
 
 
-def test_what_is_no_picture_is_not_executed():
+def test_a_file_that_is_no_image_is_not_executed():
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     assert reason(postscript) == "not_a_picture"

@@ -52,7 +52,7 @@ def hashes(values):
     return np.array([hashlib.sha256(str(value).encode()).digest() for value in values], "S32")
 
 
-def test_equal_hashes_are_told_by_their_first_row():
+def test_rows_of_equal_hashes_get_the_first_row():
     assert duplicates.find_exact(hashes([1, 2, 1, 3, 2, 1])).tolist() == [0, 1, 0, 3, 1, 0]
     missing = np.array([True, False, False, False, True, False])
     assert duplicates.find_exact(hashes([1, 2, 1, 3, 2, 1]), missing).tolist() == [0, 1, 2, 3, 4, 2]
@@ -62,7 +62,7 @@ def test_equal_hashes_are_told_by_their_first_row():
         duplicates.find_exact(hashes([1, 2]), np.zeros(3, bool))
 
 
-def test_hashes_that_begin_alike_are_not_taken_for_equal():
+def test_hashes_with_a_common_prefix_are_not_equal():
     rng = np.random.default_rng(0)
     values = np.array([bytes(rng.integers(0, 2, 3)).ljust(31, b"\1") + bytes([rng.integers(0, 3)]) for _ in range(500)],
                       "S32")
@@ -74,7 +74,7 @@ def test_hashes_that_begin_alike_are_not_taken_for_equal():
     assert duplicates.find_exact(np.array([b"a", b"a\0", b"", b"b"], "S32")).tolist() == [0, 0, 2, 3]
 
 
-def test_near_is_not_handed_on():
+def test_nearness_is_not_transitive():
     grey = [[100, 100, 100]] * 4
     assert check_find_near([0b000, 0b111, 0b111111, 0b1111111111], grey).tolist() == [0, 0, 2, 3]
     assert check_find_near([0, 7, 63, 1 << 63 | 7], [*grey[:3], [112, 88, 100]]).tolist() == [0, 0, 2, 3]
@@ -86,7 +86,7 @@ def test_near_is_not_handed_on():
     assert duplicates.find_near(np.zeros(0, np.uint64), np.zeros((0, 3), np.uint8)).shape == (0,)
 
 
-def test_rows_without_a_hash_stay_and_send_nobody_away(few):
+def test_rows_without_a_hash_stay_and_remove_no_other(few):
     rng = np.random.default_rng(1)
     missing = rng.random(200) < 0.4
     first_rows = check_find_near(np.zeros(200), rng.integers(0, 30, (200, 3)), missing=missing)

@@ -49,7 +49,7 @@ def reasons(faults: TarFaults) -> list[str]:
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("ends", ["records", "blocks"])
-def test_tars_one_after_the_other_are_read_to_the_end(tar_format, ends):
+def test_concatenated_tars_are_read_to_the_end(tar_format, ends):
     parts = [tar_of(names_of(keys), tar_format) for keys in ("abcd", "efg", "hi")]
     if ends == "blocks":  # as programs in Go and Rust write them
         parts = [part.rstrip(b"\0") + bytes(-len(part.rstrip(b"\0")) % 512) + END for part in parts]
@@ -59,14 +59,14 @@ def test_tars_one_after_the_other_are_read_to_the_end(tar_format, ends):
     assert faults.remarks("x.tar") == []
 
 
-def test_tars_that_number_their_samples_alike_give_all_samples():
+def test_concatenated_tars_with_equal_keys_give_all_samples():
     faults = TarFaults()
     samples = list(read_foreign_tar(io.BytesIO(2 * tar_of(names_of("abc")) + tar_of(names_of("abc", "jpg"))), faults))
     assert [sample["__key__"] for sample in samples] == list("abcabcabc") and not faults.members
     assert [len(sample) for sample in samples] == [3] * 6 + [2] * 3
 
 
-def test_zeros_after_the_end_are_no_damage_unless_a_member_is_not_whole():
+def test_zeros_after_the_end_are_damage_only_inside_a_member():
     whole = tar_of(names_of("abc"))
     assert read(whole + bytes(100_000)) == read(whole)
     assert read(whole + bytes(100_000))[1].damages == []
@@ -93,7 +93,7 @@ def test_a_zeroed_range_costs_the_samples_in_it(start, end, lost):
     assert f"bytes {damage.start} to {damage.end} are lost" in str(damage)
 
 
-def test_a_cut_tar_before_a_whole_one_costs_its_end():
+def test_a_cut_tar_before_another_one_loses_only_its_end():
     first, second = tar_of(names_of("abcd")), tar_of(names_of("efgh"))
     for kept in (first.index(b"c.txt") + 100, first.index(b"c.txt") + 1111):
         samples, faults = read(first[:kept] + second)
@@ -108,7 +108,7 @@ def test_bytes_after_the_end_that_are_no_tar_are_damage():
         "bytes after the end mark that are no tar; bytes 10240 to 10251 are lost"]
 
 
-def test_a_name_whose_extended_header_is_lost_is_not_taken_for_a_name():
+def test_a_name_without_its_extended_header_is_not_used():
     long_name = f"{'x' * 150}.jpg"
     data = tar_of(["a.jpg", long_name, "b.jpg"], tarfile.GNU_FORMAT)
     start = data.index(b"././@LongLink")
@@ -116,7 +116,7 @@ def test_a_name_whose_extended_header_is_lost_is_not_taken_for_a_name():
     assert list(samples) == ["a", "b"] and len(faults.damages) == 1
 
 
-def test_many_damages_are_bounded(monkeypatch):
+def test_the_number_of_named_damages_is_bounded(monkeypatch):
     monkeypatch.setattr(recovery, "_MOST_DAMAGES", 10)
     damaged = b"#" + file("x.jpg", b"x")[1:]
     data = b"".join(file(f"{number}.jpg", f"{number}.jpg".encode()) + damaged for number in range(50)) + END

@@ -19,7 +19,7 @@ def test_equal_pixels_have_equal_hashes():
     assert len({pixel_hash(flat), pixel_hash(flat.resize((10, 12))), pixel_hash(picture)}) == 3
 
 
-def test_near_pictures_have_near_hashes():
+def test_similar_images_have_near_hashes():
     pytest.importorskip("imagehash")
     hashes = [perceptual_hash(photo(200, 150, seed))[0] for seed in range(20)]
     assert min((first ^ second).bit_count() for first, second in itertools.combinations(hashes, 2)) > 8

@@ -96,7 +96,7 @@ ENDS_WELL = {"5,000 pax headers", "5,000 global headers", "5,000 long names", "5
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.timeout(30)
-def test_a_hostile_tar_costs_what_is_damaged_and_is_one_fault(name, tmp_path):
+def test_a_hostile_tar_loses_its_damaged_part_and_is_one_fault(name, tmp_path):
     path = tmp_path / "some.tar"
     path.write_bytes(GOOD + HOSTILE[name]() + file("2.png", b"x") + file("2.txt", b"good") + END)
     keys, faults, peak, seconds = samples(path)
@@ -113,7 +113,7 @@ def test_a_hostile_tar_costs_what_is_damaged_and_is_one_fault(name, tmp_path):
 
 
 @pytest.mark.timeout(60)
-def test_hostile_tars_among_others_cost_themselves_and_the_corpus_is_sealed(tmp_path):
+def test_hostile_tars_are_skipped_and_the_corpus_is_sealed(tmp_path):
     (tmp_path / "tars").mkdir()
     for number, make in enumerate(HOSTILE.values()):
         (tmp_path / "tars" / f"{number:02d}.tar").write_bytes(make() + END)
@@ -129,7 +129,7 @@ def test_hostile_tars_among_others_cost_themselves_and_the_corpus_is_sealed(tmp_
 @pytest.mark.parametrize("encoding", [
     lambda name: header("././@LongLink", len(name.encode()) + 1, b"L") + padded(name.encode() + b"\0"),
     lambda name: pax({"path": name}), lambda name: pax({"GNU.sparse.name": name})], ids=["long", "pax", "sparse"])
-def test_a_name_of_100_kb_costs_its_member(encoding, tmp_path):
+def test_a_member_with_a_name_of_100_kb_is_skipped(encoding, tmp_path):
     for letter in ("x", "ż"):
         (tmp_path / "some.tar").write_bytes(
             GOOD + encoding(letter * (100_000 // len(letter.encode())) + ".png") + file("1.png", b"x")

@@ -50,7 +50,7 @@ def loss(image: Decoded) -> str:
 @pytest.mark.parametrize("name", JPEGS)
 @pytest.mark.parametrize(("tail", "said"), [(b"", "end marker is missing"), (bytes(9) + b"\xff\xd9", "filler"),
                                             (bytes(300) + b"\xff\xd9", "filler"), (b"\x55" * 90, "filler")])
-def test_damage_behind_the_last_pixel_costs_no_pixel(name, tail, said):
+def test_damage_after_the_last_pixel_changes_no_pixel(name, tail, said):
     whole, damaged = decode(JPEGS[name], 10**6), decode(JPEGS[name][:-2] + tail, 10**6)
     assert said in loss(damaged) and "no pixel is lost" in loss(damaged)
     assert (pixels(damaged) == pixels(whole)).all() and not whole.remarks and whole.plain

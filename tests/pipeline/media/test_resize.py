@@ -15,7 +15,7 @@ from tests.pipeline.synthetic import encoded, noise
 
 
 @pytest.mark.parametrize(("width", "height"), [(100, 50), (50, 100), (33, 32), (32, 32), (7, 5), (640, 33)])
-def test_resizing_gives_the_size_that_was_asked(width, height):
+def test_resizing_gives_the_requested_size(width, height):
     picture = noise(width, height)
     assert resize(picture, 32, "center_crop").size == (32, 32)
     kept = resize(picture, 32, "keep_ratio")
@@ -33,7 +33,7 @@ def test_the_crop_is_the_middle():
 
 
 @pytest.mark.parametrize("how", ["center_crop", "keep_ratio"])
-def test_a_hairline_is_not_blown_up(how):
+def test_a_very_narrow_image_is_refused(how):
     """A file of a few bytes must not become gigabytes."""
     with pytest.raises(BadImage, match="too_narrow"):
         resize(Image.new("RGB", (100_000, 1)), 256, how)
@@ -41,13 +41,13 @@ def test_a_hairline_is_not_blown_up(how):
 
 
 @pytest.mark.parametrize(("image_format", "side"), [("jpg", 70_000), ("webp", 20_000)])
-def test_what_a_format_has_no_room_for_has_a_name(image_format, side):
+def test_an_image_that_a_format_cannot_hold_has_a_reason(image_format, side):
     with pytest.raises(BadImage, match="too_large"):
         encode(Image.new("RGB", (side, 2)), image_format, 90)
 
 
 @pytest.mark.parametrize("image_format", ["jpg", "png", "webp"])
-def test_encoding_is_deterministic_and_near(image_format):
+def test_encoding_is_deterministic_and_close_to_the_pixels(image_format):
     smooth = noise(8, 8).resize((64, 64), Image.Resampling.BICUBIC)
     data = encode(smooth, image_format, 95)
     assert data == encode(smooth, image_format, 95)
@@ -58,7 +58,7 @@ def test_encoding_is_deterministic_and_near(image_format):
 
 @pytest.mark.parametrize("how", ["center_crop", "keep_ratio", "keep_ratio_largest", "border"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_jpeg_decoded_at_a_fraction_gives_the_same_picture(orientation, how):
+def test_a_jpeg_decoded_at_a_fraction_gives_the_same_image(orientation, how):
     """Sides that no fraction divides: an image off by half a pixel of the fraction is below 40 dB here."""
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -93,7 +93,7 @@ def test_every_kind_of_jpeg_decodes_at_a_fraction(kind):
     assert psnr(resize(small, 128, "center_crop"), whole) > 40
 
 
-def test_enough_is_left_for_resizing():
+def test_decoding_at_a_fraction_leaves_enough_pixels():
     data = encoded(photo(640, 400), "JPEG")
     for size, how, width in ((133, "center_crop", 320), (134, "center_crop", 640), (133, "keep_ratio", 320),
                              (213, "border", 320), (214, "border", 640), (106, "keep_ratio_largest", 160),
@@ -106,7 +106,7 @@ def test_enough_is_left_for_resizing():
 
 
 @pytest.mark.parametrize(("width", "height"), [(100, 50), (50, 100), (33, 32), (32, 32), (7, 5), (640, 33)])
-def test_the_long_side_and_the_border(width, height):
+def test_resizing_by_the_long_side_adds_a_border(width, height):
     picture = photo(width + 20, height + 20).crop((0, 0, width, height))
     kept = resize(picture, 32, "keep_ratio_largest")
     scale = 32 / max(width, height)
@@ -118,7 +118,7 @@ def test_the_long_side_and_the_border(width, height):
     assert square.astype(int).sum() == inner.astype(int).sum() + 255 * 3 * (32 * 32 - kept.width * kept.height)
 
 
-def test_small_pictures_are_not_enlarged_if_asked():
+def test_small_images_are_not_enlarged_if_configured():
     picture = photo(40, 20)
     assert resize(picture, 32, "keep_ratio", only_if_bigger=True) is picture
     assert resize(picture, 40, "keep_ratio_largest", only_if_bigger=True) is picture
@@ -133,7 +133,7 @@ def test_small_pictures_are_not_enlarged_if_asked():
 
 
 @pytest.mark.parametrize("how", ["center_crop", "keep_ratio"])
-def test_very_large_pictures_lose_nothing_to_speed(how):
+def test_very_large_images_are_resized_accurately(how):
     picture = photo(1301, 901)
     plain = picture.resize((46, 32), Image.Resampling.LANCZOS)
     shown = resize(picture, 32, how)

@@ -29,13 +29,13 @@ MEMBERS = [("__meta__/0.json", b"{}"), ("a/", None), ("a/0.json", b"{}"), ("a/0.
 
 @pytest.mark.parametrize("name", ["0.jpg", "a/0.JPG", "a.b/0.jpg", "a/0.tar.png", "a/.hidden.jpg", "none", "a/none",
                                   "0.", ".jpg", "a/", "a.b/none", "x\n.jpg", "żółć.png", ""])
-def test_names_are_divided_as_webdataset_divides_them(name):
+def test_names_are_split_as_in_webdataset(name):
     parts = KEY_AND_SUFFIX.match(name)
     assert (parts.groups() if parts else (None, None)) == base_plus_ext(name)
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_pictures_by_position_are_those_read_in_order(tmp_path, tar_format):
+def test_images_by_position_are_those_read_in_order(tmp_path, tar_format):
     path = _tar(tmp_path / "some.tar", MEMBERS, tar_format)
     expected = [tars.sample_image(sample) for sample in tars.read(path)]
     pictures = tars.TarImages(path)
@@ -45,7 +45,7 @@ def test_pictures_by_position_are_those_read_in_order(tmp_path, tar_format):
     assert pictures[4] == b"last" and pictures[0] == b"first"
 
 
-def test_pictures_of_what_the_writer_makes(tmp_path):
+def test_images_of_a_written_tar_are_read_back(tmp_path):
     samples = [{"__key__": f"{number:06d}", "jpg": bytes([number]) * 700 * number, "json": b"{}", "txt": b"a word"}
                for number in range(40)]
     tars.write(tmp_path / "some.tar", samples)
@@ -53,19 +53,19 @@ def test_pictures_of_what_the_writer_makes(tmp_path):
     assert [pictures[position] for position in range(len(pictures))] == [sample["jpg"] for sample in samples]
 
 
-def test_an_empty_tar_has_no_pictures(tmp_path):
+def test_an_empty_tar_has_no_images(tmp_path):
     tars.write(tmp_path / "some.tar", [])
     assert len(tars.TarImages(tmp_path / "some.tar")) == 0
 
 
-def test_samples_that_are_not_right_are_named(tmp_path):
+def test_invalid_samples_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"sample 0 has no image"):
         tars.TarImages(_tar(tmp_path / "none.tar", [("0.txt", b"a word"), ("1.png", b"1")]))
     with pytest.raises(ValueError, match=r"twice\.tar has 0\.PNG twice\nhint"):
         tars.TarImages(_tar(tmp_path / "twice.tar", [("0.png", b"1"), ("0.PNG", b"1")]))
 
 
-def test_a_tar_that_is_cut_has_fewer_samples_or_says_so(tmp_path):
+def test_a_cut_tar_has_fewer_samples_or_is_an_error(tmp_path):
     path = _tar(tmp_path / "some.tar", [(f"{number}.png", bytes([number]) * 1000) for number in range(4)])
     whole = path.read_bytes()
     path.write_bytes(whole[:2 * 1536])

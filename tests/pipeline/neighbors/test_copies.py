@@ -60,7 +60,7 @@ def add_column(dataset: Dataset, name: str, values: list) -> None:
     run_stage(synthetic.FixedStage(dataset, "shards", "shard", tables), overwrite=True)
 
 
-def test_patches_of_the_same_picture_are_left_out(tmp_path):
+def test_patches_of_the_same_image_are_left_out(tmp_path):
     """Every third row is of the same image, and those are the nearest."""
     vectors = synthetic.clustered(90, 16)
     pictures = [storage.short_hash(str(row // 3)).ljust(64, "0") for row in range(90)]
@@ -76,7 +76,7 @@ def test_patches_of_the_same_picture_are_left_out(tmp_path):
     assert (ids // 3 != np.arange(90)[:, None] // 3).all() and scores.max() < 2
 
 
-def test_pictures_that_look_alike_are_left_out_when_asked(tmp_path):
+def test_similar_images_are_left_out_if_configured(tmp_path):
     vectors = synthetic.clustered(60, 16)
     database = synthetic.vector_dataset(tmp_path, "x", [vectors[:20], vectors[20:]])
     with pytest.raises(ValueError, match=r"no perceptual hashes\nhint: shard it with --duplicates near"):
@@ -92,7 +92,7 @@ def test_pictures_that_look_alike_are_left_out_when_asked(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["index", "exact"])
-def test_more_copies_than_any_list_of_candidates_holds(tmp_path, method):
+def test_copies_beyond_the_candidate_list_are_left_out(tmp_path, method):
     """Row 0 has two thousand copies by its image: what is left is still found."""
     vectors = synthetic.clustered(3000, 16, clusters=3)
     hashes = [storage.short_hash("same" if row < 2001 else str(row)).ljust(64, "0") for row in range(3000)]
@@ -106,7 +106,7 @@ def test_more_copies_than_any_list_of_candidates_holds(tmp_path, method):
     assert (ids[:2001] >= 2001).all()
 
 
-def test_labels_tell_pictures_apart_where_it_is_not_known_what_was_fetched(tmp_path):
+def test_labels_distinguish_images_without_a_known_hash(tmp_path):
     dataset = synthetic.vector_dataset(tmp_path, "x", [synthetic.clustered(4, 16)])
     path = Path(dataset.folder("shards")) / "000000.parquet"
     table = pq.read_table(path)

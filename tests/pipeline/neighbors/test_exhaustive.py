@@ -38,7 +38,7 @@ def exact_scores(queries: np.ndarray, vectors: np.ndarray, k: int) -> np.ndarray
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("rows", [32, 96, 100_000])
-def test_exhaustive_search_misses_no_row_by_more_than_it_says(database, monkeypatch, dtype, rows):
+def test_exhaustive_search_errs_at_most_by_its_stated_bound(database, monkeypatch, dtype, rows):
     import torch
     embeddings, vectors = database
     monkeypatch.setattr(exhaustive, "search_device", lambda: (torch.device("cpu"), getattr(torch, dtype)))
@@ -87,14 +87,14 @@ def test_a_search_that_does_not_fit_the_device_is_done_in_smaller_blocks(pairs, 
         exhaustive.search_exhaustively(queries, embeddings, 12, MEMORY)
 
 
-def test_of_a_small_database_every_row_is_found(tmp_path):
+def test_every_row_of_a_small_database_is_found(tmp_path):
     vectors = synthetic.clustered(5, 24)
     embeddings = Embeddings(synthetic.vector_dataset(tmp_path, "x", [vectors]))
     candidates = exhaustive.search_exhaustively(vectors, embeddings, 9, MEMORY)
     assert (np.sort(candidates.ids, 1) == [-1] * 4 + [0, 1, 2, 3, 4]).all() and np.isneginf(candidates.beyond).all()
 
 
-def test_lists_are_read_twice_and_give_the_best_of_what_is_in_them(database):
+def test_lists_are_read_twice_and_give_their_best_rows(database):
     _, vectors = database
     queries = synthetic.clustered(40, 24, seed=4)
     rng = np.random.default_rng(0)
@@ -121,7 +121,7 @@ def test_lists_are_read_twice_and_give_the_best_of_what_is_in_them(database):
 
 
 @pytest.mark.parametrize("off", [1e-5, 0.05, np.inf])
-def test_ranking_leaves_out_copies_and_is_exact_however_rough_the_products_were(database, off):
+def test_ranking_is_exact_and_leaves_out_copies_with_rough_products(database, off):
     embeddings, vectors = database
     queries = synthetic.clustered(30, 24, seed=5)
     products = np.where(vectors.any(1), queries @ vectors.T, -np.inf)
@@ -148,7 +148,7 @@ def test_ranking_leaves_out_copies_and_is_exact_however_rough_the_products_were(
     np.testing.assert_array_equal(masked_scores, ranked_scores)
 
 
-def test_perceptual_hashes_count_as_copies_up_to_so_many_bits():
+def test_perceptual_hashes_are_copies_up_to_the_set_distance():
     hashes = np.array([0, 0b1, 0b111, 1 << 63 | 0b11, (1 << 64) - 1], np.uint64)
     queries = NeighborQueries(np.ones((1, 2), np.float32), np.array([-1]), np.array([[9]], np.uint64),
                               np.zeros(1, np.uint64))
@@ -158,7 +158,7 @@ def test_perceptual_hashes_count_as_copies_up_to_so_many_bits():
     assert copies.among(np.arange(5), queries, np.zeros(5, int)).tolist() == [True] + [False] * 4
 
 
-def test_a_product_does_not_depend_on_what_is_searched_beside_it(database):
+def test_a_product_does_not_depend_on_the_other_queries(database):
     embeddings, _ = database
     queries = synthetic.clustered(64, 24, seed=6)
     ids, which = np.arange(0, 2500, 5), np.arange(500) % 64
@@ -178,7 +178,7 @@ def test_a_gpu_finds_what_the_cpu_finds(database):
                                exact_scores(queries, vectors, 9), atol=1e-5)
 
 
-def test_rows_at_the_border_of_what_is_a_copy_do_not_crowd_out_others(tmp_path):
+def test_rows_at_the_threshold_of_copies_do_not_displace_others(tmp_path):
     """Thirty equal rows have exactly the score from which on a row is a copy; other rows are farther."""
     vectors = synthetic.clustered(80, 24, clusters=1)
     vectors[10:40] = vectors[10]

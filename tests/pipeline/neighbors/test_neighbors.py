@@ -46,7 +46,7 @@ def dataset(database):
 
 @pytest.mark.parametrize("method", ["exact", "index"])
 @pytest.mark.parametrize("itself", [True, False])
-def test_neighbours_are_those_of_brute_force(database, dataset, itself, method, tmp_path):
+def test_neighbors_are_those_of_brute_force(database, dataset, itself, method, tmp_path):
     own = database if itself else dataset
     target = Dataset(str(tmp_path / "root"), own.name)
     shutil.copytree(database.root, target.root, ignore=shutil.ignore_patterns("neighbors"))
@@ -137,7 +137,7 @@ def test_empty_shards_are_empty_lists(tmp_path):
         assert [shard.shape for shard in load_neighbors(database, database)] == [(0, 3), (12, 3), (0, 3), (8, 3)]
 
 
-def test_a_rebuilt_index_is_opened_anew(tmp_path):
+def test_a_rebuilt_index_is_opened_again(tmp_path):
     vectors = synthetic.clustered(400, 16)
     database = index_database(synthetic.vector_dataset(tmp_path, "x", [vectors]), key="IVF30,Flat", target_recall=0.0)
     ids_of_poor_index = find_neighbors(database, database, k=3, candidates=4)[0].copy()
@@ -159,7 +159,7 @@ def test_other_settings_are_refused(database, dataset):
         NeighborsConfig(k=0)
 
 
-def test_vectors_are_written_when_asked_and_batches_read_them(copied):
+def test_vectors_are_written_if_configured_and_batches_read_them(copied):
     expected = Batches(copied, copied, k=3, global_batch=8, seed=0).at(2)["neighbors"]
     config = NeighborsConfig(k=4, vectors=True)
     run_stage(Neighbors(copied, copied, config), overwrite=True)
@@ -173,7 +173,7 @@ def test_vectors_are_written_when_asked_and_batches_read_them(copied):
     assert list(verify.find_faults(copied.root, copied.path(f"neighbors/{copied.label}"))) == []
 
 
-def test_the_manifest_tells_how_often_rows_are_used_and_how_near_they_are(database, dataset, tmp_path):
+def test_the_manifest_has_the_use_and_distance_of_rows(database, dataset, tmp_path):
     shutil.copytree(database.root, tmp_path / "root", ignore=shutil.ignore_patterns("neighbors"))
     dataset, database = (Dataset(str(tmp_path / "root"), original.name) for original in (dataset, database))
     ids, scores, manifest = find_neighbors(dataset, database, k=6)
@@ -205,7 +205,7 @@ def test_recall_is_measured_against_exact_search(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["exact", "index"])
-def test_records_say_how_long_each_part_took(tmp_path, method):
+def test_records_have_the_seconds_of_each_part(tmp_path, method):
     vectors = synthetic.clustered(900, 16)
     database = index_database(synthetic.vector_dataset(tmp_path, "x", np.split(vectors, 3)), key="IVF30,Flat")
     _, _, manifest = find_neighbors(database, database, k=5, method=method, probes=2, at_once=1)
@@ -219,7 +219,7 @@ def test_records_say_how_long_each_part_took(tmp_path, method):
 
 
 @pytest.mark.parametrize("method", ["exact", "index"])
-def test_shards_searched_together_give_what_each_gives_alone(tmp_path, method):
+def test_shards_searched_together_give_the_results_of_single_searches(tmp_path, method):
     vectors = synthetic.clustered(2000, 16, clusters=300)
     database = index_database(synthetic.vector_dataset(tmp_path, "x", np.split(vectors, [300, 310, 700, 1500])),
                               key="IVF64,Flat", target_recall=0.0)
@@ -235,7 +235,7 @@ def test_shards_searched_together_give_what_each_gives_alone(tmp_path, method):
     assert all(run == runs[0] for run in runs)
 
 
-def test_as_many_shards_are_searched_together_as_there_is_memory_and_work_for():
+def test_memory_and_work_bound_the_shards_searched_together():
     config = NeighborsConfig(max_memory="1Gi")
     for lists, candidates in ((False, 100), (True, 32)):
         shards = config.shards_at_once(10_000, 10_000_000, 512, lists=lists)
@@ -249,7 +249,7 @@ def test_as_many_shards_are_searched_together_as_there_is_memory_and_work_for():
             NeighborsConfig(copy_similarity=similarity)
 
 
-def test_vectors_are_laid_out_list_after_list_whatever_was_left_there(tmp_path, monkeypatch):
+def test_vectors_are_written_list_by_list_over_any_leftovers(tmp_path, monkeypatch):
     vectors = synthetic.clustered(1000, 16)
     vectors[50:60] = 0
     dataset = synthetic.vector_dataset(tmp_path, "x", np.split(vectors, [300, 310, 700]))
@@ -280,7 +280,7 @@ def test_a_database_rebuilt_after_the_plan_is_refused(tmp_path):
         process_and_commit(stage, items[0])
 
 
-def test_vectors_that_are_no_numbers_are_refused(tmp_path):
+def test_vectors_that_are_not_finite_are_refused(tmp_path):
     vectors = synthetic.clustered(30, 16)
     vectors[7, 3] = np.nan
     dataset = synthetic.vector_dataset(tmp_path, "x", [vectors])
@@ -289,6 +289,6 @@ def test_vectors_that_are_no_numbers_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"checked": -1}, {"probes": -1}, {"copy_bits": -2}, {"max_memory": "much"}])
-def test_settings_that_make_no_sense_are_refused(options):
+def test_senseless_settings_are_refused(options):
     with pytest.raises(ValueError):
         NeighborsConfig(**options)

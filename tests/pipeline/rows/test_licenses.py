@@ -65,7 +65,7 @@ CC = "creativecommons.org"
     ("In Copyright", ""), ("No Copyright - United States", ""), ("Image and original data provided by X", ""),
     ("© 2004 Artists Rights Society", ""), ("not in the public domain", ""), ("Attribution", ""), (True, ""),
 ])
-def test_licenses_in_any_spelling(text, spdx):
+def test_licenses_are_recognized_in_any_spelling(text, spdx):
     assert license_of({"license": text}).spdx == spdx
 
 
@@ -95,11 +95,11 @@ def test_licenses_in_any_spelling(text, spdx):
     ({"license": 4}, "CC-BY-2.0", "4"), ({"rights": 4}, "", "4"), ({"license": None}, "", ""),
     ({"LICENSE": "all rights reserved"}, "", "all rights reserved"), ({"other": "CC0"}, "", ""), ({}, "", ""),
 ])
-def test_columns_of_licenses(columns, spdx, text):
+def test_columns_of_licenses_are_found(columns, spdx, text):
     assert license_of(columns) == (spdx, text)
 
 
-def test_columns_of_authors_titles_and_pages():
+def test_columns_of_authors_titles_and_pages_are_found():
     openimages = {"OriginalURL": "https://farm.example/1.jpg", "OriginalLandingURL": "https://www.example.org/1",
                   "AuthorProfileURL": "https://www.example.org/people/a", "Author": "Ann", "Title": "Boats"}
     assert attribution_of(openimages) == {"author": "Ann", "title": "Boats", "page": "https://www.example.org/1"}

@@ -45,7 +45,7 @@ def neighbor_ids(dataset: Dataset, **settings: Any) -> np.ndarray:
                            for record in manifest["items"]])
 
 
-def test_a_filter_that_leaves_fewer_rows_than_neighbors_is_named(dataset, caplog):
+def test_a_filter_with_fewer_rows_than_neighbors_is_named(dataset, caplog):
     run_stage(Index(dataset, IndexConfig(key="SQ8")))
     limit = np.sort(VECTORS[:, 0])[-5]
     ids = neighbor_ids(dataset, k=6, where=f"warmth >= {limit}")
@@ -110,7 +110,7 @@ def test_hidden_rows_are_found_by_no_search(tmp_path, dataset, capsys):
     assert "--hide and --extend: expected one of them" in capsys.readouterr().err
 
 
-def test_rebuild_scores_hides_and_judges_without_packing_again(tmp_path):
+def test_rebuild_scores_hides_and_filters_without_packing_again(tmp_path):
     source = synthetic.drawings(tmp_path / "source")
     gates = {"queries": "", "query_count": 4, "min_overlap": 0.0}
     rebuild(tmp_path / "root", source, gates=GatesConfig(**gates))

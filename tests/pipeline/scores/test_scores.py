@@ -126,7 +126,7 @@ def test_a_head_that_does_not_fit_is_refused_with_both_values(tmp_path, dataset,
     assert fault in str(error.value) and "hint: " in str(error.value)
 
 
-def test_what_is_no_head_is_refused(tmp_path, dataset, capsys):
+def test_an_invalid_head_is_refused(tmp_path, dataset, capsys):
     torch.save(predictor(16, 1), tmp_path / "a.pth")
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.pth").read_bytes())
     for spec, fault in ((f"good={tmp_path / 'a.pth'}", "no file of safetensors: expected FILE.safetensors or module"),

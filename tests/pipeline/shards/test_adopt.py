@@ -74,7 +74,7 @@ def state(folder: Path) -> dict[str, tuple[bytes, int, int]]:
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()}
 
 
-def test_what_img2dataset_left_is_sealed_where_it_lies(tmp_path):
+def test_a_folder_of_img2dataset_is_sealed_in_place(tmp_path):
     source = write_download(tmp_path / "source", shards=3)
     before = state(source)
     dataset, manifest = adopt_source(tmp_path / "root", source)
@@ -211,7 +211,7 @@ def spoil(source: Path, how: str) -> None:
     ("one too many", r"00001\.tar has 7 samples, .*00001\.parquet says 6"),
     ("no parquet", r"00001\.parquet cannot be read as parquet"), ("not UTF-8", "is not UTF-8"),
 ])
-def test_tars_whose_rows_could_part_from_their_metadata_are_refused(tmp_path, how, message):
+def test_tars_that_may_disagree_with_their_metadata_are_refused(tmp_path, how, message):
     source = write_download(tmp_path / "source")
     spoil(source, how)
     before = state(source)
@@ -222,7 +222,7 @@ def test_tars_whose_rows_could_part_from_their_metadata_are_refused(tmp_path, ho
     assert not storage.exists(storage.join(dataset.folder("shards"), "manifest.json"))
 
 
-def test_tars_that_only_look_odd_are_adopted(tmp_path):
+def test_unusual_but_valid_tars_are_adopted(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     jpeg = encoded(noise(16, 16), "JPEG")
@@ -254,7 +254,7 @@ def test_tars_in_the_folder_of_the_dataset_are_refused(tmp_path):
     assert state(source) == before
 
 
-def test_there_must_be_tars(tmp_path):
+def test_a_folder_without_tars_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     tars.write(tmp_path / "empty tar.tar", [])
     with pytest.raises(StageFailed, match=r"empty tar\.tar can be adopted: 1 tars without a sample\nhint"):

@@ -8,7 +8,7 @@ from tests.pipeline.shards.test_shard import ledger, shard_source, table
 from tests.pipeline.synthetic import encoded
 
 
-def test_small_damage_is_named_and_mended_and_large_damage_is_left_out(tmp_path):
+def test_small_damage_is_named_and_cut_off_and_large_damage_is_left_out(tmp_path):
     whole = encoded(photo(320, 320), "JPEG", quality=90)
     middle = len(whole) // 2
     files = {"end.jpg": whole[:-2], "good.jpg": whole, "half.jpg": whole[:middle], "rows.jpg": whole[:-400],

@@ -103,7 +103,7 @@ def test_rows_that_cannot_be_read_are_counted_as_such(tmp_path: Path, kind: str)
     assert [row["caption"] for row in rows] == ["a"]
 
 
-def test_without_the_setting_folders_are_what_they_were(tmp_path: Path) -> None:
+def test_without_the_setting_folders_are_unchanged(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     manifest, rows = shard(tmp_path, table(tmp_path / "source"))
     assert len(rows) == 7 and "licenses" not in manifest["section"]

@@ -117,7 +117,7 @@ def mixed_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("only_captioned", [False, True])
-def test_everything_in_one_folder_is_a_sample_or_has_a_reason(tmp_path, mixed_folder, only_captioned):
+def test_every_file_is_a_sample_or_has_a_reason(tmp_path, mixed_folder, only_captioned):
     dataset, manifest = shard_source(tmp_path, mixed_folder, only_captioned=only_captioned)
     plan = storage.read_json(storage.join(dataset.folder("shards"), "plan.json"))
     lists = {item["id"]: item["inputs"]["rows"] for item in plan["items"]}
@@ -238,7 +238,7 @@ def test_captions_of_any_type_become_text(tmp_path, captions, expected):
     assert [rows[f"{name}.png"]["caption"] for name in "abc"] == expected
 
 
-def test_other_columns_of_any_type_are_carried_along(tmp_path):
+def test_other_columns_of_any_type_are_kept(tmp_path):
     rows, manifest = shard_with_captions(tmp_path, {
         "image_path": FILES, "caption": ["x"] * 3, "similarity": [0.5, float("nan"), float("inf")],
         "hash": pa.array([2**64 - 1, 1, None], pa.uint64()), "signed": [-(2**63), None, 2**63 - 1],
@@ -293,7 +293,7 @@ def test_captions_that_cannot_be_used_are_refused(tmp_path, name, data, message)
     assert not (tmp_path / "datasets").exists()
 
 
-def test_what_is_not_there_is_said(tmp_path):
+def test_missing_files_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no images in .*empty\nhint"):
         shard_source(tmp_path, tmp_path / "empty")
@@ -308,7 +308,7 @@ def test_what_is_not_there_is_said(tmp_path):
         shard_source(tmp_path, "")
 
 
-def test_broken_links_and_captions_that_lead_out_are_not_read(tmp_path):
+def test_broken_links_and_captions_outside_the_folder_are_not_read(tmp_path):
     source = write_images(tmp_path / "source", "a")
     (tmp_path / "secret.png").write_bytes(encoded(noise(16, 16, 99), "PNG"))
     os.symlink(tmp_path / "nowhere.png", source / "broken.png")
@@ -327,7 +327,7 @@ def test_a_broken_link_that_no_caption_names_is_counted(tmp_path):
     assert manifest["totals"]["skipped"] == {"picture_missing": 1}
 
 
-def test_pictures_that_vanish_after_planning_are_counted(tmp_path):
+def test_images_that_vanish_after_planning_are_counted(tmp_path):
     source = write_images(tmp_path / "source")
     dataset = Dataset.parse(str(tmp_path), "x")
     stage = Shard(dataset, ShardConfig(source=str(source), image_size=16))
@@ -337,7 +337,7 @@ def test_pictures_that_vanish_after_planning_are_counted(tmp_path):
     assert record["samples"] == 2 and record["skipped"] == {"picture_missing": 1}
 
 
-def test_other_pictures_on_a_claimed_folder_are_refused(tmp_path):
+def test_other_images_on_a_claimed_folder_are_refused(tmp_path):
     source = write_images(tmp_path / "source")
     shard_source(tmp_path, source)
     shard_source(tmp_path, source)
@@ -348,13 +348,13 @@ def test_other_pictures_on_a_claimed_folder_are_refused(tmp_path):
         shard_source(tmp_path, write_images(tmp_path / "same"), image_size=8)
 
 
-def test_the_same_pictures_elsewhere_are_the_same_dataset(tmp_path):
+def test_the_same_images_elsewhere_are_the_same_dataset(tmp_path):
     _, first = shard_source(tmp_path, write_images(tmp_path / "source"))
     _, second = shard_source(tmp_path, write_images(tmp_path / "moved"))
     assert first == second
 
 
-def test_a_shard_without_one_good_picture_goes_through(tmp_path):
+def test_a_shard_without_a_good_image_is_sealed(tmp_path):
     source = write_images(tmp_path / "source", "xyz")
     for number in range(7):
         (source / f"bad{number}.png").write_bytes(b"no picture")
@@ -379,7 +379,7 @@ def test_a_tar_has_the_bytes_that_webdataset_writes(tmp_path):
     assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
 
 
-def test_a_spool_on_a_full_disk_says_so(tmp_path):
+def test_a_full_disk_of_a_spool_is_named(tmp_path):
     """A disk that is nearly full takes a part of what is written, without an error."""
     def write():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -35,7 +35,7 @@ def write_files(folder: Path, *names: str) -> Path:
     (["0.tar", "urls.parquet"], r"several kinds: 1 (tars|lists)"),
     (["metadata.parquet", "data/a.parquet", "a.png", "0.tar"], r"1 lists \(data/a.parquet\), 1 .*, 1 "),
 ])
-def test_several_kinds_are_named_and_never_guessed(tmp_path, s3, names, message):
+def test_ambiguous_sources_are_named_and_not_guessed(tmp_path, s3, names, message):
     folder = write_files(tmp_path / "source", *names)
     for name in names:
         storage.put_bytes((folder / name).read_bytes(), storage.join(s3, name))
@@ -60,7 +60,7 @@ def test_several_kinds_are_named_and_never_guessed(tmp_path, s3, names, message)
     (["metadata.parquet", "README.md", "@eaDir/a.png"], "list", 1, {".md": 1, "@eaDir/": 1}),
     (["a.parquet", "b.parquet"], "list", 2, {}),
 ])
-def test_files_that_belong_to_a_layout_are_no_kind_of_their_own(tmp_path, names, kind, files, ignored):
+def test_files_of_a_layout_are_no_source_themselves(tmp_path, names, kind, files, ignored):
     source = open_path(write_files(tmp_path / "source", *names))
     assert (source.kind, source.count_files()) == (kind, files)
     if kind != "pictures":  # a folder of images ignores only what it does not read
@@ -73,7 +73,7 @@ def test_files_that_belong_to_a_layout_are_no_kind_of_their_own(tmp_path, names,
     (["train.parquet", "train/preview.png"], ROWS), (["00000.parquet", "00000/0.png"], ROWS),
     (["0.parquet", "0.tar"], [{"image": PICTURES["00.png"], "caption": "x"}]),
 ])
-def test_tables_with_their_own_images_are_no_description_of_others(tmp_path, names, rows):
+def test_tables_with_images_do_not_describe_other_images(tmp_path, names, rows):
     folder = write_files(tmp_path / "source", names[1])
     write_list(folder / names[0], rows)
     with pytest.raises(ValueError, match=rf"several kinds: .*1 lists \({names[0]}\)"):
@@ -81,14 +81,14 @@ def test_tables_with_their_own_images_are_no_description_of_others(tmp_path, nam
     assert open_path(folder, kind="list").count_files() == 1
 
 
-def test_a_file_that_is_named_twice_is_taken_once(tmp_path, caplog):
+def test_a_file_that_is_named_twice_is_read_once(tmp_path, caplog):
     folder = write_files(tmp_path / "source", "0.tar", "1.tar")
     source = open_path(f"{folder}/*.tar", f"{folder}/0.tar")
     assert [address.rpartition("/")[2] for address in source.addresses] == ["0.tar", "1.tar"]
     assert "1 files are named twice and taken once" in caplog.text
 
 
-def test_rows_of_tars_are_known_from_the_tables_beside_them(tmp_path):
+def test_tables_beside_tars_give_the_number_of_rows(tmp_path):
     folder = write_files(tmp_path / "source", "0.tar", "1.tar")
     rows = [{"url": "x", "key": f"{number}", "status": "success" if number else "failed_to_download",
              "error_message": None, "original_width": 1, "original_height": 1} for number in range(4)]

@@ -9,7 +9,7 @@ from tests.pipeline.sources.list_datasets import PICTURES, open_path, shard_sour
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_captions_of_a_folder_in_any_kind_of_file(tmp_path, kind):
+def test_captions_of_a_folder_may_be_in_any_kind_of_file(tmp_path, kind):
     source = tmp_path / "source"
     (source / "below").mkdir(parents=True)
     names = ["a.png", "below/b.png", "c.png"]
@@ -27,7 +27,7 @@ def test_captions_of_a_folder_in_any_kind_of_file(tmp_path, kind):
     assert manifest["totals"]["noted"] == {"caption_missing": 1}
 
 
-def test_captions_in_texts_beside_the_pictures(tmp_path, s3):
+def test_captions_may_be_text_files_beside_the_images(tmp_path, s3):
     source = tmp_path / "source"
     (source / "below").mkdir(parents=True)
     texts = {"a.png": "caption of a \n", "below/b.b.png": "\ufeffof b", "c.png": None, "d.png": ""}
@@ -45,7 +45,7 @@ def test_captions_in_texts_beside_the_pictures(tmp_path, s3):
             ("c.png", "caption_missing"), ("d.png", "caption_missing")]
 
 
-def test_patterns_choose_pictures_of_a_folder(tmp_path, s3):
+def test_patterns_choose_images_of_a_folder(tmp_path, s3):
     source = tmp_path / "source [1]"
     names = ["a.png", "b.jpg", "x/c.png", "x/y/d.png", "x/y/e[2].png"]
     for name in names:

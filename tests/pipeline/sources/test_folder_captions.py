@@ -22,7 +22,7 @@ def captions(folder: Path, **options) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_metadata_of_an_image_folder_at_the_top_and_in_each_split(tmp_path, kind):
+def test_metadata_may_be_at_the_top_or_in_each_split(tmp_path, kind):
     top = write_images(tmp_path / "top", "train/a.png", "test/b.png", "c.png")
     write_list(top / f"metadata.{kind}", [{"file_name": "train/a.png", "text": "of a", "additional": "1"},
                                           {"file_name": "test\\b.png", "text": "of b", "additional": "2"}])
@@ -66,7 +66,7 @@ def test_metadata_without_captions_is_taken_and_its_columns_are_named(tmp_path, 
         captions(source, caption_column="words")
 
 
-def test_texts_beside_images_in_every_spelling(tmp_path):
+def test_text_files_beside_images_may_have_any_spelling(tmp_path):
     source = write_images(tmp_path / "source", "a.png", "b.png", "c.jpg", "d.png")
     texts = {"a.caption": "kohya", "b.TXT": "large letters", "c.caption": "not this", "c.txt": "this"}
     for name, text in texts.items():
@@ -93,7 +93,7 @@ def test_the_first_text_that_is_not_empty_counts_and_changed_bytes_are_noted(tmp
         ("d.png", "cell_changed", "t: halves of characters")]
 
 
-def test_img2dataset_files_with_json_beside_each_image(tmp_path, s3, caplog):
+def test_files_of_img2dataset_with_json_beside_images_are_read(tmp_path, s3, caplog):
     caplog.set_level(logging.INFO)
     source = write_images(tmp_path / "source", "00000/000000000.png", "00000/000000002.png", "00001/000010000.png")
     lines = []

@@ -62,7 +62,7 @@ def test_failed_rows_of_img2dataset_are_counted_and_not_fetched_again(tmp_path, 
         assert manifest["totals"]["samples"] == 9
 
 
-def test_images_that_img2dataset_encoded_anew_are_not_held_against_the_hash_of_the_download(tmp_path, image_site):
+def test_images_reencoded_by_img2dataset_are_not_compared_with_the_hash(tmp_path, image_site):
     rows = [row | {"txt": row["caption"] if row["status"] == "success" else None, "caption": None, "sha256": "0" * 64,
                    "jpg": IMAGES[number] if row["status"] == "success" else None}
             for number, row in enumerate(output_rows(image_site))]
@@ -78,7 +78,7 @@ def test_images_that_img2dataset_encoded_anew_are_not_held_against_the_hash_of_t
 
 
 @pytest.mark.parametrize("layout", ["structs", "bytes", "base64", "data", "list of data", "url", "url data"])
-def test_images_in_lists_in_base64_and_in_urls(tmp_path, image_site, layout):
+def test_images_may_be_in_lists_in_base64_and_in_urls(tmp_path, image_site, layout):
     texts = [base64.b64encode(data).decode() for data in IMAGES]
     urls = [f"data:image/png;base64,{text}" for text in texts]
     columns = {"structs": {"images": [[{"bytes": data, "path": f"{number}.png"}] * (1 + number % 2)
@@ -98,7 +98,7 @@ def test_images_in_lists_in_base64_and_in_urls(tmp_path, image_site, layout):
     assert all(len(row["url"]) < 80 for row in table(dataset, manifest))
 
 
-def test_data_urls_of_text_lists(tmp_path, image_site):
+def test_data_urls_of_text_lists_are_decoded(tmp_path, image_site):
     rows = [{"url": JPEG_URL, "caption": "a"}, {"url": "data:image/png;base64,?", "caption": "b"},
             {"url": "data:,", "caption": "c"}, {"url": f"http://{image_site}/01.png", "caption": "d"},
             {"url": "data:image/svg+xml,%3Csvg%2F%3E", "caption": "e"}]
@@ -112,7 +112,7 @@ def test_data_urls_of_text_lists(tmp_path, image_site):
         assert len(plan["items"]) == 1
 
 
-def test_captions_are_looked_for_in_every_file(tmp_path, image_site, caplog):
+def test_every_file_is_searched_for_captions(tmp_path, image_site, caplog):
     url = f"http://{image_site}/00.png"
     for kind in ("parquet", "jsonl"):
         folder = tmp_path / kind

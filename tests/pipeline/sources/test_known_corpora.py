@@ -163,7 +163,7 @@ def test_flags_override_a_layout(tmp_path, image_site, make, flags, caption):
     assert [row["caption"] for row in table(dataset, manifest)] == [caption]
 
 
-def test_open_images_by_their_hash_and_by_their_thumbnails(tmp_path, image_site):
+def test_open_images_is_checked_by_hash_or_by_thumbnail(tmp_path, image_site):
     url = f"http://{image_site}/00.png"
     with pytest.raises(StageFailed, match="1 hash_mismatch"):
         shard_source(tmp_path / "1", open_images(tmp_path, url, hashlib.md5(b"other").digest()))
@@ -184,7 +184,7 @@ def test_open_images_by_their_hash_and_by_their_thumbnails(tmp_path, image_site)
     ("ImageFolder", ["train/cat/a.png", "test/dog/b.png"], {"label": ["dog", "cat"]}),
     ("ImageFolder", ["train/cat/a.png", "test/dog/b.png", "README.png"], {"label": [None, "dog", "cat"]}),
     ("", ["train/cat/a.png", "README.png"], {})])
-def test_folders_of_classes(tmp_path, caplog, name, files, cells):
+def test_folders_of_classes_give_captions(tmp_path, caplog, name, files, cells):
     source = write_images(tmp_path / "source", *files)
     with caplog.at_level(logging.INFO):
         dataset, manifest = shard_source(tmp_path / "x", source)
@@ -200,7 +200,7 @@ def test_folders_of_classes(tmp_path, caplog, name, files, cells):
         b"".join(json.dumps(each, sort_keys=True).encode() + b"\n" for each in facts)).hexdigest()
 
 
-def test_the_table_beside_the_folders_of_wikiart(tmp_path):
+def test_the_table_of_wikiart_is_joined_with_its_folders(tmp_path):
     source = write_images(tmp_path, "wikiart/Baroque/jan-steen_a-cat.png", "wikiart/Pop_Art/me_a-dog.png")
     write_lines(source / "wikiart.csv", "path,artist,genre", "Baroque/jan-steen_a-cat.png,Jan Steen,animal",
                 "wikiart/Pop_Art/me_a-dog.png,,portrait")
@@ -209,7 +209,7 @@ def test_the_table_beside_the_folders_of_wikiart(tmp_path):
                        {"artist": None, "genre": "portrait", "style": "Pop_Art", "title": "a-dog"}]
 
 
-def test_the_source_of_aic_and_of_the_csv_of_the_met(tmp_path):
+def test_aic_and_the_csv_of_the_met_are_read(tmp_path):
     assert open_path(aic(tmp_path, "http://host/00.png")).columns.image == (
         "https://www.artic.edu/iiif/2/{image_id}/full/843,/0/default.jpg")
     path = write_lines(tmp_path / "MetObjects.csv", "\ufeffObject Number,Is Highlight,Is Timeline Work,"
@@ -234,11 +234,11 @@ CELLS = {"a": {"b": [{"c": "x"}, {"c": ""}, {"c": "y", "d": [1, 2]}], "": 0}, "a
     ("a.b.0.c", "x"), ("a.b.9.c", None),
     ("with;", "semicolon"), ("none;a.x;a.e", "dotted"), ("https://h/{id}/0.jpg?q={a.b.c}", "https://h/1%202/%23/0.jpg?q=x"),
     ("{id}: {a.e}", "1 2/#: dotted"), ("{id} {none}", None), ("id.x", None)])
-def test_paths_and_templates(expression, value):
+def test_paths_and_templates_give_urls(expression, value):
     assert cell_at(CELLS, expression) == value
 
 
-def test_roots_of_paths_and_templates():
+def test_roots_of_paths_and_templates_are_found():
     assert find_roots("{a.b} {id}", CELLS) == ["a", "id"] and find_roots("{a.b} {x}", CELLS) == []
     assert find_roots("x;f.g", CELLS) == ["f"] and find_roots("a.e.x", CELLS) == ["a.e"]
 

@@ -26,7 +26,7 @@ def urls(image_site, count=4):
 
 
 @pytest.mark.parametrize("where", ["", "width > 1"])
-def test_rows_that_cannot_be_read_are_lost_by_name(tmp_path, image_site, where):
+def test_unreadable_rows_are_named(tmp_path, image_site, where):
     first, second, third, _ = urls(image_site)
     path = tmp_path / "list.csv"
     path.write_text(f'url,caption,caption,width\n{first},"open,x,2\n{second},one,two,3\n{third},one\n')
@@ -44,7 +44,7 @@ def test_rows_that_cannot_be_read_are_lost_by_name(tmp_path, image_site, where):
     assert table(again, manifest) == rows
 
 
-def test_lists_without_a_header_and_lists_of_urls(tmp_path, image_site):
+def test_lists_without_a_header_and_lists_of_urls_are_read(tmp_path, image_site):
     files = {"a.tsv": "\n".join(f'"cat {number}\t{url}' for number, url in enumerate(urls(image_site))),
              "a.txt": "\n".join(f"cat {number}\t{url}" for number, url in enumerate(urls(image_site))),
              "a.csv": "\n".join(f'"cat, {number}",{url}' for number, url in enumerate(urls(image_site)))}
@@ -67,7 +67,7 @@ def test_lists_without_a_header_and_lists_of_urls(tmp_path, image_site):
         open_path(tmp_path / "folder", columns="url")
 
 
-def test_a_setting_that_is_not_used_leaves_fingerprints_alone(tmp_path):
+def test_an_unused_setting_does_not_change_fingerprints(tmp_path):
     dataset = Dataset.parse(str(tmp_path), "x")
     assert "columns" not in Shard(dataset, ShardConfig(source="x")).section()
     assert Shard(dataset, ShardConfig(source="x", columns="url")).section()["columns"] == "url"
@@ -129,7 +129,7 @@ def test_files_of_a_list_may_have_other_columns(tmp_path, kind, image_site):
             open_path(folder)
 
 
-def test_own_columns_with_names_of_ours_are_kept(tmp_path, image_site):
+def test_columns_with_reserved_names_are_kept(tmp_path, image_site):
     rows = [{"url": url, "caption": f"c{number}", "key": f"k{number}", "status": "fine", "width": 10 + number,
              "source_width": -1, "sha256": None} for number, url in enumerate(urls(image_site))]
     for kind in ("parquet", "jsonl"):
@@ -148,7 +148,7 @@ def test_own_columns_with_names_of_ours_are_kept(tmp_path, image_site):
     assert "source_url" not in stored[0]
 
 
-def test_a_second_image_and_captions_of_any_shape(tmp_path):
+def test_a_second_image_and_captions_of_any_shape_are_read(tmp_path):
     mask = [np.random.default_rng(number).bytes(200_000) for number in range(4)]
     columns = {"image": [{"bytes": data, "path": None} for data in IMAGES],
                "mask": [{"bytes": data, "path": f"m{number}.png"} for number, data in enumerate(mask)],
@@ -187,7 +187,7 @@ def test_images_may_be_cells_of_any_type_of_bytes(tmp_path, cells, noted):
     assert all(line["detail"].startswith("image: ") for line in ledger(dataset, manifest))
 
 
-def test_cells_that_no_image_can_be_read_from_cost_their_row(tmp_path):
+def test_rows_with_unreadable_cells_are_skipped(tmp_path):
     columns = {"image": [{"bytes": "no base64!"}, {"bytes": base64.b64encode(IMAGES[0]).decode()}, None]}
     pq.write_table(pa.table(columns), tmp_path / "list.parquet")
     dataset, manifest = shard_source(tmp_path, tmp_path / "list.parquet")
@@ -196,7 +196,7 @@ def test_cells_that_no_image_can_be_read_from_cost_their_row(tmp_path):
         "image: the text is no base64", "image: base64 is read as bytes"}
 
 
-def test_tables_of_captions_are_read_alike(tmp_path):
+def test_tables_of_captions_are_read_like_lists(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     for number, data in enumerate(IMAGES):
@@ -238,7 +238,7 @@ def test_captions_and_hashes_may_begin_after_many_rows(tmp_path, name):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_paths_that_no_row_has_are_refused_and_rows_without_a_caption_are_noted(tmp_path, kind):
+def test_unknown_paths_are_refused_and_rows_without_captions_noted(tmp_path, kind):
     rows = [{"url": f"http://h/{number}.png", "meta": {"title": f"t{number}" if number else None}, "n": "x"}
             for number in range(3)]
     path = write_list(tmp_path / f"a.{kind}", [row | {"meta": json.dumps(row["meta"])} if kind == "csv" else row

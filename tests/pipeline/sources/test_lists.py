@@ -113,7 +113,7 @@ def test_lists_that_cannot_be_read_are_refused(tmp_path, name, data, message):
     assert not (tmp_path / "root").exists()
 
 
-def test_sources_that_are_no_source_are_refused(tmp_path, image_site):
+def test_invalid_sources_are_refused(tmp_path, image_site):
     write_list(tmp_path / "lists" / "a.parquet", laion(image_site))
     write_list(tmp_path / "lists" / "b.csv", laion(image_site))
     (tmp_path / "pictures").mkdir()
@@ -130,7 +130,7 @@ def test_sources_that_are_no_source_are_refused(tmp_path, image_site):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
-def test_parts_hold_the_list_in_order_whatever_their_size(tmp_path, kind):
+def test_parts_of_any_size_keep_the_order_of_the_list(tmp_path, kind):
     rng = np.random.default_rng(0)
     for number in range(25):
         lengths = rng.integers(0 if kind == "parquet" else 1, 60, rng.integers(1, 4)).tolist()
@@ -165,7 +165,7 @@ def test_parts_hold_the_list_in_order_whatever_their_size(tmp_path, kind):
             assert sum(filtered) == total - len(passing)
 
 
-def test_a_filter_reads_text_as_numbers_where_it_must(tmp_path, image_site):
+def test_a_filter_reads_text_as_numbers_if_needed(tmp_path, image_site):
     rows = laion(image_site)
     where = 'punsafe < 0.3 and similarity > 0.1 and HEIGHT is not None and not contains(TEXT, "17")'
     expected = [number for number, row in enumerate(rows) if row["punsafe"] is not None and row["punsafe"] < 0.3
@@ -271,7 +271,7 @@ def test_hostile_cells_do_not_stop_a_shard(tmp_path, image_site):
     assert sifted["totals"]["samples"] == 1
 
 
-def test_what_is_known_of_a_column_may_come_late(tmp_path, image_site):
+def test_the_type_of_a_column_may_appear_late(tmp_path, image_site):
     rows = [{"url": f"http://{image_site}/00.png"},
             {"url": f"http://{image_site}/01.png", "TEXT": "words", "md5": "0" * 32}]
     dataset, manifest = shard_source(tmp_path, write_list(tmp_path / "list.jsonl", rows))
@@ -280,7 +280,7 @@ def test_what_is_known_of_a_column_may_come_late(tmp_path, image_site):
     assert second["caption"] == "words"
 
 
-def test_pictures_in_parquet_are_taken_from_there(tmp_path, image_site):
+def test_images_in_parquet_are_read_from_there(tmp_path, image_site):
     pictures = [PICTURES[f"{number:02d}.png"] if number not in {2, 5} else None for number in range(9)]
     pictures[7] = b"no picture"
     layouts = {
@@ -309,7 +309,7 @@ def test_pictures_in_parquet_are_taken_from_there(tmp_path, image_site):
                                            "8.png"]
 
 
-def test_what_is_in_the_table_is_not_fetched(tmp_path, image_site):
+def test_images_in_the_table_are_not_downloaded(tmp_path, image_site):
     web_server.seen(image_site)
     rows = [{"image": {"bytes": PICTURES["00.png"], "path": None}, "url": f"http://{image_site}/01.png"}]
     dataset, manifest = shard_source(tmp_path, write_list(tmp_path / "list.parquet", rows))
@@ -320,7 +320,7 @@ def test_what_is_in_the_table_is_not_fetched(tmp_path, image_site):
         open_path(tmp_path / "numbers.parquet", image_column="number")
 
 
-def test_patches_are_cut_where_they_say_and_always_the_same(tmp_path, image_site):
+def test_patches_are_cut_at_their_coordinates_and_deterministic(tmp_path, image_site):
     rows = [{"url": f"http://{image_site}/{number:02d}.png", "caption": f"{number}"} for number in range(9)]
     rows.insert(4, {"url": f"http://{image_site}/absent.png", "caption": "absent"})
     options = {"patches": 3, "patch_side": 30, "image_size": 11}

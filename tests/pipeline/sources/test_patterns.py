@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     ("0000[7-9].tar", ["00007.tar", "00008.tar", "00009.tar"]), ("0001[!0-1].tar", ["00012.tar"]),
     ("{b,a}/*", ["b/2.tgz", "a/0.tar", "a/1.tar.gz"]), ("{a/0.tar,*/0.tar}", ["a/0.tar"]),
     ("**/?.tar*", ["a/0.tar", "a/1.tar.gz"]), ("b", ["b/2.tgz"]), ("b/3.txt", ["b/3.txt"])])
-def test_patterns_stand_for_files(folder, s3, source, expected):
+def test_patterns_match_files(folder, s3, source, expected):
     assert listed(folder, source) == expected
     if source in {"{00002..00000}.tar", "0000[7-9].tar"}:
         for name, _ in storage.walk(str(folder)):
@@ -52,7 +52,7 @@ def test_a_file_that_braces_name_must_exist(folder, monkeypatch):
         listed(folder, "{00000..99999999999}.tar")
 
 
-def test_names_with_letters_of_patterns_are_names_first(tmp_path):
+def test_existing_names_win_over_patterns(tmp_path):
     names = ["[0-9].tar", "{a,b}.tar", "what?.tar", "a*.tar", "LAION [art] {1}/x.tar", "LAION [art] {1}/y.tar"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -61,7 +61,7 @@ def test_compressed_tars_are_read_like_others(ending, pack, tmp_path, s3):
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lambda data: pa.compress(data, "zstd", asbytes=True)])
-def test_a_compressed_tar_that_is_cut_gives_its_beginning(pack, tmp_path, monkeypatch):
+def test_the_beginning_of_a_cut_compressed_tar_is_read(pack, tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "_CHUNK_BYTES", 512)
     noise = random.Random(1)
     # More than a block of each compression.
@@ -118,7 +118,7 @@ def test_members_without_a_sample_are_named(tmp_path):
         *((name, "ignored_member", True) for name in names[:3]), *((name, "hidden_member", True) for name in names[3:])}
 
 
-def test_captions_that_lie_apart_are_joined_also_where_tars_were_joined(tmp_path):
+def test_distant_captions_are_joined_also_in_concatenated_tars(tmp_path):
     members = [sample(f"k{number}", number) for number in range(4)]
     apart = [member for part in range(3) for member in (members[number][part] for number in range(4))]
     write_tar(tmp_path / "apart" / "0.tar", apart)
@@ -148,7 +148,7 @@ def test_the_first_text_of_a_sample_that_is_not_empty_counts_and_changed_bytes_a
     assert manifest["totals"]["noted"] == {"cell_changed": 3}
 
 
-def test_one_of_several_images_is_taken_by_its_suffix(tmp_path):
+def test_a_suffix_chooses_one_of_several_images(tmp_path):
     write_tar(tmp_path / "tars" / "0.tar", [
         ("a.left.png", PNG[0]), ("a.right.png", PNG[1]), ("a.long.txt", b"long a"), ("a.txt", b"short a"),
         ("b.right.png", PNG[2]), ("b.txt", b"short b"), ("c.left.PNG", PNG[3]), ("c.json", b'{"caption": "of c"}')])
@@ -167,7 +167,7 @@ def test_one_of_several_images_is_taken_by_its_suffix(tmp_path):
                                     "--image-key takes one")
 
 
-def test_an_image_with_a_mask_is_taken_and_the_mask_is_named(tmp_path):
+def test_an_image_is_taken_and_its_mask_is_named(tmp_path):
     write_tar(tmp_path / "tars" / "0.tar", [("a.mask.png", PNG[0]), ("a.png", PNG[1]), ("b.png", PNG[2])])
     assert rows_of(tmp_path / "0", tmp_path / "tars") == [("a", "", 1), ("b", "", 2)]
     assert notes(tmp_path / "1", tmp_path / "tars") == {("0.tar", "other_images", True)}
@@ -205,7 +205,7 @@ def run_shard(root: Path, source: Path, capsys: pytest.CaptureFixture[str], *opt
     return code, capsys.readouterr().err
 
 
-def test_the_share_of_good_rows_counts_rows_and_no_damages(tmp_path, capsys, caplog):
+def test_the_share_of_good_rows_does_not_count_damages(tmp_path, capsys, caplog):
     caplog.set_level("INFO")
     members = flatten(*(sample(f"k{number}", number) for number in range(8)))
     data = write_tar(tmp_path / "whole.tar", members).read_bytes()

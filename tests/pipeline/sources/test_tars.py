@@ -45,7 +45,7 @@ def flatten(*samples: list) -> list:
     return [member for members in samples for member in members]
 
 
-def test_tars_are_filtered_and_resized_anew(tmp_path, s3):
+def test_tars_are_filtered_and_resized_again(tmp_path, s3):
     tar_contents = [flatten(*(sample(f"{tar}/{number:04d}", number, caption=f"caption {number}", url=f"http://e/{number}")
                               for number in range(tar * 10, tar * 10 + 10))) for tar in range(3)]
     for number, members in enumerate(tar_contents):
@@ -70,7 +70,7 @@ def test_tars_are_filtered_and_resized_anew(tmp_path, s3):
         shard_source(tmp_path / "nothing", tmp_path / "tars", where="score > 100")
 
 
-def test_a_tar_that_is_cut_gives_what_is_whole(tmp_path):
+def test_the_complete_samples_of_a_cut_tar_are_read(tmp_path):
     whole = write_tar(tmp_path / "whole.tar", flatten(*(sample(f"{number}", number) for number in range(4))))
     data = whole.read_bytes()
     with tarfile.open(whole) as tar:
@@ -94,7 +94,7 @@ def test_a_tar_that_is_cut_gives_what_is_whole(tmp_path):
     assert all(sample["txt"] and sample["json"]["score"] is not None for sample in stored_samples(dataset, manifest))
 
 
-def test_members_that_are_no_part_of_a_sample_are_counted_and_the_rest_taken(tmp_path):
+def test_members_outside_samples_are_counted_and_the_rest_is_read(tmp_path):
     holes = member(tarfile.GNUTYPE_SPARSE)
     unsafe = {"../outside.png": PICTURES["00.png"], "/absolute.png": PICTURES["00.png"],
               "below/../../outside.png": PICTURES["00.png"], "link.png": member(tarfile.SYMTYPE, "/etc/passwd"),
@@ -124,7 +124,7 @@ def test_members_that_are_no_part_of_a_sample_are_counted_and_the_rest_taken(tmp
     assert path.exists()
 
 
-def test_headers_that_lie_about_sizes_cost_no_memory(tmp_path):
+def test_headers_with_false_sizes_use_no_memory(tmp_path):
     data = write_tar(tmp_path / "good.tar", sample("0", 0) + sample("1", 1)).read_bytes()
     with tarfile.open(tmp_path / "good.tar") as tar:
         place = next(info.offset for info in tar if info.name == "1.png")
@@ -143,7 +143,7 @@ def test_headers_that_lie_about_sizes_cost_no_memory(tmp_path):
     assert list(read_foreign_tar(tmp_path / "none.tar", faults := TarFaults())) == [] and faults.cut
 
 
-def test_types_of_tars_are_those_of_the_parquet_beside_or_of_the_first_samples(tmp_path):
+def test_types_come_from_the_parquet_beside_or_the_first_samples(tmp_path):
     for number in range(2):
         write_tar(tmp_path / "plain" / f"{number}.tar", sample("0", number, label=None if number else 5))
         write_tar(tmp_path / "beside" / f"{number}.tar", sample("0", number, label=5 if number else None))

@@ -35,7 +35,7 @@ def make_record(item, rows, *, retried=0, **skipped):
             "info": {"rows": rows} | ({"retried": retried} if retried else {})}
 
 
-def test_what_is_recorded_and_what_is_in_hand_add_up(tmp_path):
+def test_recorded_and_unfinished_rows_add_up(tmp_path):
     tally = Tally(str(tmp_path), 4, 400)
     tally.record(make_record("000000", 100, http_404=10), 900)
     report_rows(tmp_path, "000001", 50, http_404=5, cut=1)
@@ -58,7 +58,7 @@ def test_an_item_is_not_counted_twice_when_it_is_recorded(tmp_path):
     assert tally.look()["rows"] == 100 and storage.list_files(f"{tmp_path}/progress") == []
 
 
-def test_words_of_the_dead_do_not_count(tmp_path):
+def test_reports_of_dead_workers_do_not_count(tmp_path):
     report_rows(tmp_path, "000000", 80, cut=80)  # of a run that was killed
     tally = Tally(str(tmp_path), 2, 200)
     assert tally.look()["rows"] == 0
@@ -70,21 +70,21 @@ def test_words_of_the_dead_do_not_count(tmp_path):
     assert tally.look()["rows"] == 10 and tally.now["failed_items"] == 1
 
 
-def test_another_drivers_workers_count_when_they_speak_again(tmp_path):
+def test_workers_of_another_driver_count_from_their_next_report(tmp_path):
     report_rows(tmp_path, "000000", 80)
     tally = Tally(str(tmp_path), 2, 200)
     report_rows(tmp_path, "000000", 90)
     assert tally.look()["rows"] == 90
 
 
-def test_a_word_that_is_cut_off_or_gone_is_passed_over(tmp_path):
+def test_a_cut_off_or_missing_report_is_ignored(tmp_path):
     tally = Tally(str(tmp_path), 2, 200)
     report_rows(tmp_path, "000000", 80)
     storage.put_bytes(b'{"rows": ', f"{tmp_path}/progress/000001.json")
     assert tally.look()["rows"] == 80
 
 
-def test_a_budget_means_nothing_before_there_are_rows_enough(tmp_path):
+def test_a_budget_needs_a_minimum_of_rows(tmp_path):
     tally = Tally(str(tmp_path), 10, 10 * LEAST)
     report_rows(tmp_path, "000000", LEAST - 1, cut=LEAST - 1)
     tally.look()
@@ -107,7 +107,7 @@ def test_a_budget_is_exact(tmp_path):
     assert "601 of 2000 rows failed (30%, allowed are 30%): 601 cut" == tally.over(0.3) == tally.over(0.3, final=True)
 
 
-def test_what_the_settings_leave_out_is_no_failure(tmp_path):
+def test_filtered_rows_are_no_failures(tmp_path):
     tally = Tally(str(tmp_path), 2, 2000, by_choice={"too_small"})
     tally.record(make_record("000000", 1000, too_small=900, cut=50), 0)
     report_rows(tmp_path, "000001", 1000, too_small=900)
@@ -117,7 +117,7 @@ def test_what_the_settings_leave_out_is_no_failure(tmp_path):
     assert tally.now["skipped"] == {"too_small": 1800, "cut": 50}
 
 
-def test_rows_that_are_tried_again_count_once_in_a_budget(tmp_path):
+def test_retried_rows_count_once_in_a_budget(tmp_path):
     tally = Tally(str(tmp_path), 3, 1500)
     tally.record(make_record("000000", 1000, cut=300), 0)
     tally.start()
@@ -143,7 +143,7 @@ def test_a_share_of_good_rows_is_never_negative(tmp_path):
     assert "0.0% good" in describe_progress(tally.look())
 
 
-def test_a_run_that_was_stopped_goes_on_when_the_cause_is_gone(tmp_path):
+def test_a_stopped_run_resumes_when_the_cause_is_gone(tmp_path):
     tally = Tally(str(tmp_path), 10, 10_000)
     tally.record(make_record("000000", 1000, connect=1000), 0)
     tally.start()
@@ -188,7 +188,7 @@ def test_the_rate_is_that_of_this_run(tmp_path, monkeypatch):
     assert "100 rows/s" in describe_progress(tally.now) and describe_progress(tally.now).endswith("30 s left")
 
 
-def test_the_start_of_a_worker_is_not_in_the_time_left(tmp_path, monkeypatch):
+def test_the_estimated_time_ignores_the_start_of_workers(tmp_path, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     tally = Tally(str(tmp_path), 100, 1000)
@@ -201,13 +201,13 @@ def test_the_start_of_a_worker_is_not_in_the_time_left(tmp_path, monkeypatch):
     assert tally.look()["rows_per_s"] == 20 and tally.now["seconds_left"] == round(590 / 20)
 
 
-def test_several_samples_of_a_row_are_no_better_than_one(tmp_path):
+def test_several_samples_of_a_row_count_as_one_good_row(tmp_path):
     tally = Tally(str(tmp_path), 1, 100)
     tally.record({"id": "000000", "samples": 360, "skipped": {"cut": 10}, "info": {"rows": 100}}, 0)
     assert "90.0% good" in describe_progress(tally.look())
 
 
-def test_a_look_that_takes_long_is_taken_less_often(tmp_path, monkeypatch):
+def test_a_slow_read_of_progress_is_done_less_often(tmp_path, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(progress, "period", lambda folder: 5.0)
@@ -222,7 +222,7 @@ def test_a_look_that_takes_long_is_taken_less_often(tmp_path, monkeypatch):
     assert tally.due()
 
 
-def test_a_word_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch):
+def test_a_report_that_cannot_be_written_is_no_failure(tmp_path, monkeypatch):
     def fails(*arguments):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(storage, "put_json", fails)
@@ -230,7 +230,7 @@ def test_a_word_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch):
     assert Tally(str(tmp_path), 1, 100).look()["rows"] == 0
 
 
-def test_nothing_is_left_of_it(tmp_path):
+def test_no_progress_files_are_left(tmp_path):
     tally = Tally(str(tmp_path), 1, 100)
     tally.clear()
     report_rows(tmp_path, "000000", 10)
@@ -286,14 +286,14 @@ def test_a_budget_holds_before_sealing(tmp_path):
     assert storage.list_files(stage.folder) == ["manifest.json", "plan.json"]
 
 
-def test_a_budget_stops_a_run_on_its_way(tmp_path):
+def test_a_budget_stops_a_run_before_its_end(tmp_path):
     stage = Half(tmp_path, 0.5)
     with pytest.raises(StageFailed, match=r"of \d+ rows failed \(50%"):
         run_stage(stage, max_failed=0.4)
     assert 1 < len(stage.done) < 6
 
 
-def test_a_second_try_is_made_before_the_budget_is_looked_at(tmp_path):
+def test_a_retry_comes_before_the_check_of_the_budget(tmp_path):
     manifest = run_stage(Half(tmp_path, 0.3), retry=True, max_failed=0.3)
     assert manifest["totals"]["skipped"] == {} and manifest["totals"]["samples"] == 600
     assert [item["id"] for item in manifest["items"]] == [f"{number:06d}" for number in range(7)]
@@ -304,7 +304,7 @@ def test_a_second_try_is_made_before_the_budget_is_looked_at(tmp_path):
     assert worse.done == ["000000", "000001"]
 
 
-def test_a_second_try_that_was_cut_off_is_ended_and_no_other_begun(tmp_path):
+def test_an_interrupted_retry_is_finished_and_no_other_begins(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_stage(Half(tmp_path / "cut", 1.0, items=2, upset={"000002"}), retry=True)
     manifest = run_stage(Half(tmp_path / "cut", 1.0, items=2), retry=True)
@@ -312,7 +312,7 @@ def test_a_second_try_that_was_cut_off_is_ended_and_no_other_begun(tmp_path):
     assert without_run_facts(manifest) == without_run_facts(whole)
 
 
-def test_two_drivers_make_one_second_try(tmp_path):
+def test_two_drivers_make_one_retry(tmp_path):
     """The other one has made its second try, though not sealed, when this one has ended the first."""
     first, second = Half(tmp_path, 1.0, items=3), Half(tmp_path, 1.0, items=3, upset={"000003"})
 
@@ -328,7 +328,7 @@ def test_two_drivers_make_one_second_try(tmp_path):
     assert [item["id"] for item in manifest["items"]] == [f"{number:06d}" for number in range(4)]
 
 
-def test_of_two_that_begin_at_once_one_takes_another_order(tmp_path, monkeypatch):
+def test_two_drivers_that_start_together_use_different_orders(tmp_path, monkeypatch):
     """Both found no plan: who comes second must not do the same items in the same order."""
     shuffled = []
     monkeypatch.setattr(random, "shuffle", shuffled.append)

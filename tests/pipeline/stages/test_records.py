@@ -57,7 +57,7 @@ def test_devices_are_counted_in_a_table_as_in_a_list(name):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5000])
-def test_a_table_of_records_says_what_the_list_says(count):
+def test_a_table_of_records_equals_the_list(count):
     done = [make_record(number) for number in range(count)]
     table = as_table(done)
     assert list(table) == done and len(table) == count and table == done
@@ -74,7 +74,7 @@ def test_a_table_of_records_says_what_the_list_says(count):
     assert table[2:4000:7] == done[2:4000:7] and table[::-1] == done[::-1]
 
 
-def test_parts_of_a_table_say_what_parts_of_the_list_say():
+def test_parts_of_a_table_equal_parts_of_the_list():
     """Arrow's slices keep the whole behind them, and are packed alike."""
     done = [make_record(number) for number in range(300)]
     table = records.table(done)
@@ -88,7 +88,7 @@ def test_parts_of_a_table_say_what_parts_of_the_list_say():
 
 
 @pytest.mark.parametrize("group", [1, 7, 64, 300])
-def test_groups_of_rows_say_what_the_whole_says(monkeypatch, group):
+def test_groups_of_rows_add_up_to_the_table(monkeypatch, group):
     done = [make_record(number) for number in range(300)]
     monkeypatch.setattr(records, "_GROUP", group)
     table = records.table(done)
@@ -149,7 +149,7 @@ def built(root, pictures) -> tuple[Dataset, dict, dict]:
     return dataset, shards, run_stage(Embed(dataset, EmbedConfig(batch_size=4)))
 
 
-def test_a_stage_of_many_items_is_that_of_few(tmp_path, monkeypatch):
+def test_a_stage_of_many_items_gives_the_result_of_few(tmp_path, monkeypatch):
     pictures = source(tmp_path / "source")
     few, *few_manifests = built(tmp_path / "few", pictures)
     monkeypatch.setattr(records, "INLINE", 3)
@@ -179,7 +179,7 @@ def test_a_stage_of_many_items_is_that_of_few(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["manifest", "items"])
 @pytest.mark.parametrize("how", ["gone", "cut", "other bytes", "other list"])
-def test_a_list_beside_its_document_that_was_changed_is_seen(tmp_path, monkeypatch, name, how):
+def test_a_changed_item_list_is_detected(tmp_path, monkeypatch, name, how):
     monkeypatch.setattr(records, "INLINE", 3)
     run_stage(Count(tmp_path))
     folder = tmp_path / "count"
@@ -206,7 +206,7 @@ def test_a_list_beside_its_document_that_was_changed_is_seen(tmp_path, monkeypat
             read_items(str(folder))
 
 
-def test_packed_records_are_gone_on_from(tmp_path, monkeypatch):
+def test_a_stage_resumes_from_packed_records(tmp_path, monkeypatch):
     expected = without_run_facts(run_stage(Count(tmp_path / "whole")))
     monkeypatch.setattr(records, "Collected", lambda flushed: Collected(flushed, every=2))
     stage = Count(tmp_path / "broken", broken={"000003": ValueError("not today")})
@@ -237,7 +237,7 @@ def test_packs_of_another_plan_do_not_count(tmp_path, monkeypatch):
     assert not list((tmp_path / "count" / "packs").rglob(f"*{fingerprint(Count(tmp_path))[:12]}*"))
 
 
-def test_rounds_of_many_items(tmp_path, monkeypatch):
+def test_retried_rows_become_new_items(tmp_path, monkeypatch):
     """Retried rows become more items. They are in separate lists, and their numbers continue."""
     monkeypatch.setattr(records, "INLINE", 2)
     pictures = source(tmp_path / "source")

@@ -14,7 +14,7 @@ from tests.pipeline import synthetic
 from tests.pipeline.stages.count_stage import Count
 
 
-def test_scratch_folders_are_gone(tmp_path, monkeypatch):
+def test_scratch_folders_are_removed(tmp_path, monkeypatch):
     import tempfile
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
@@ -42,7 +42,7 @@ def test_scratch_of_a_killed_process_is_removed_by_another(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_scratch_in_common_is_filled_anew_after_somebody_died_over_it(tmp_path, monkeypatch):
+def test_shared_scratch_is_filled_again_after_a_killed_process(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def dies(folder):

@@ -21,7 +21,7 @@ def test_two_runs_give_the_same_bytes(tmp_path):
     assert lasting_files(first) == lasting_files(second)
 
 
-def test_the_manifest_says_what_is_there(tmp_path):
+def test_the_manifest_lists_the_files(tmp_path):
     manifest = run_stage(Count(tmp_path))
     files = synthetic.files_below(tmp_path / "count")
     described = [*manifest["files"], *(file for record in manifest["items"] for file in record["files"])]
@@ -44,7 +44,7 @@ def test_a_sealed_folder_is_not_touched(tmp_path):
     assert again.processed == [] and synthetic.files_below(tmp_path) == before
 
 
-def test_only_what_has_no_record_is_done_again(tmp_path):
+def test_only_items_without_a_record_are_processed_again(tmp_path):
     with pytest.raises(StageFailed):
         run_stage(Count(tmp_path, broken={"000002": ValueError("no"), "000004": ValueError("no")}))
     again = Count(tmp_path)
@@ -69,7 +69,7 @@ def test_other_inputs_are_refused_and_named(tmp_path):
         run_stage(other)
 
 
-def test_of_two_plans_at_once_the_loser_leaves_the_winner_alone(tmp_path):
+def test_the_loser_of_two_plans_changes_nothing_of_the_winner(tmp_path):
     """Both found the folder unclaimed; the second has other settings and comes last."""
     winner, loser = Count(tmp_path), Count(tmp_path, CountConfig(step=2))
     plan = loser.plan
@@ -106,7 +106,7 @@ def test_a_failed_item_is_reported_and_the_others_are_done(tmp_path, error):
     assert lasting_files(broken.folder) == lasting_files(tmp_path / "alone" / "count")
 
 
-def test_failures_of_items_that_succeeded_since_are_gone(tmp_path):
+def test_failures_of_items_that_succeeded_later_are_removed(tmp_path):
     with pytest.raises(StageFailed):
         run_stage(Count(tmp_path, broken={"000001": ValueError("no"), "000003": ValueError("no")}))
     with pytest.raises(StageFailed):
@@ -122,7 +122,7 @@ def test_passwords_are_not_written_into_failures(tmp_path):
     assert b"secret" not in synthetic.files_below(tmp_path / "count" / "failures")["000001.json"]
 
 
-def test_bad_luck_that_passes_is_no_failure(tmp_path):
+def test_a_temporary_failure_is_retried(tmp_path):
     class Flaky(Count):
         def process(self, item, scratch):
             if self.processed.count(item.id) < 2:
@@ -134,7 +134,7 @@ def test_bad_luck_that_passes_is_no_failure(tmp_path):
     assert lasting_files(tmp_path / "flaky" / "count") == lasting_files(tmp_path / "calm" / "count")
 
 
-def test_a_late_twin_steps_back(tmp_path):
+def test_a_late_duplicate_steps_back(tmp_path):
     """An actor thought dead comes back after its item was done by another, and has other bytes."""
     stage = Count(tmp_path)
     items = prepare(stage)
@@ -215,7 +215,7 @@ def test_a_seal_without_all_records_is_refused(tmp_path):
         read_manifest(stage.folder, stage.command)
 
 
-def test_an_order_of_items_of_ones_own_changes_nothing(tmp_path):
+def test_the_order_of_items_changes_nothing(tmp_path):
     def backwards(stage, items):
         return run_in_process(stage, items[::-1])
     run_stage(Count(tmp_path / "one"))
@@ -223,14 +223,14 @@ def test_an_order_of_items_of_ones_own_changes_nothing(tmp_path):
     assert lasting_files(tmp_path / "one" / "count") == lasting_files(tmp_path / "other" / "count")
 
 
-def test_nothing_to_do_is_said(tmp_path):
+def test_nothing_to_do_is_reported(tmp_path):
     empty = Count(tmp_path)
     empty.plan = list
     with pytest.raises(ValueError, match="nothing to do"):
         run_stage(empty)
 
 
-def test_rebuilding_starts_anew(tmp_path):
+def test_overwriting_starts_from_an_empty_folder(tmp_path):
     run_stage(Count(tmp_path))
     (tmp_path / "count" / "stray").write_text("x")
     run_stage(Count(tmp_path, CountConfig(step=2)), overwrite=True)

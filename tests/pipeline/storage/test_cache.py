@@ -55,7 +55,7 @@ def _cached_numbers(objects):
             if (storage.cache_folder() / entry["sha256"]).exists()]
 
 
-def test_the_cache_keeps_its_bound_and_what_was_used_last(objects):
+def test_the_cache_keeps_its_bound_and_the_last_used_files(objects):
     for number in (0, 1, 2):
         storage.fetch(*objects[number])
         _age_cache(2)
@@ -67,7 +67,7 @@ def test_the_cache_keeps_its_bound_and_what_was_used_last(objects):
         _age_cache(2)
 
 
-def test_what_was_fetched_within_a_minute_stays(objects):
+def test_files_fetched_within_a_minute_stay(objects):
     storage.fetch(*objects[0])
     _age_cache(2)
     paths = [storage.fetch(*stored_object) for stored_object in objects[1:]]
@@ -77,7 +77,7 @@ def test_what_was_fetched_within_a_minute_stays(objects):
     assert len(_cached_numbers(objects)) == 3
 
 
-def test_what_is_removed_is_read_on_and_fetched_again(objects):
+def test_open_files_survive_removal_and_are_fetched_again(objects):
     first = storage.fetch(*objects[0])
     with open(first, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         for stored_object in objects[1:]:
@@ -117,7 +117,7 @@ def test_a_file_that_changed_in_the_cache_is_fetched_again(objects):
 
 
 @pytest.mark.parametrize("note", [None, "", "1000", "1000 0 0\n", "\udcff"])
-def test_a_file_that_nobody_checked_is_not_used_for_its_size(objects, note):
+def test_an_unchecked_file_of_the_right_size_is_not_used(objects, note):
     url, entry = objects[4]
     path = storage.cache_folder() / entry["sha256"]
     path.write_bytes(bytes([9]) * 1000)
@@ -147,7 +147,7 @@ def test_a_cached_file_is_read_for_its_hash_once(objects, monkeypatch):
     assert storage.fetch(*objects[2], check=True) == path and read[1:] == [path.name] * 2
 
 
-def test_what_leaves_the_cache_leaves_nothing(objects):
+def test_evicted_files_leave_nothing_behind(objects):
     for stored_object in objects:
         storage.fetch(*stored_object)
         _age_cache(2)
@@ -155,7 +155,7 @@ def test_what_leaves_the_cache_leaves_nothing(objects):
     assert {path.name for path in storage.cache_folder().iterdir()} == names | {f"{name}.checked" for name in names}
 
 
-def test_what_killed_processes_and_others_left_in_the_cache(objects):
+def test_old_leftovers_in_the_cache_are_removed_and_other_files_stay(objects):
     old, new, others = f".{'a' * 64}.{'1' * 16}", f".{'b' * 64}.{'2' * 16}", "cache/npm"
     for name in (old, new):
         (storage.cache_folder() / name).write_bytes(bytes(1000))
@@ -179,7 +179,7 @@ def _reads(objects, failures):
         failures.put(repr(error))
 
 
-def test_processes_that_share_a_small_cache_do_not_trip(objects):
+def test_processes_that_share_a_small_cache_do_not_fail(objects):
     context = multiprocessing.get_context("fork")
     failures = context.SimpleQueue()
     processes = [context.Process(target=_reads, args=(objects, failures)) for _ in range(4)]
@@ -191,7 +191,7 @@ def test_processes_that_share_a_small_cache_do_not_trip(objects):
 
 
 @pytest.mark.parametrize("text", ["much", "-1", "5X"])
-def test_a_bound_that_is_none_is_named(objects, monkeypatch, text):
+def test_an_invalid_bound_is_named(objects, monkeypatch, text):
     monkeypatch.setenv("RDM_CACHE_BYTES", text)
     with pytest.raises(ValueError, match=r"RDM_CACHE_BYTES = .*: must be a size\nhint"):
         storage.fetch(*objects[0])

@@ -28,7 +28,7 @@ URLS = [
 
 @pytest.mark.parametrize("url", URLS)
 @pytest.mark.parametrize("secret", [HIDDEN, "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl0123456789"])
-def test_credentials_are_taken_out(url, secret):
+def test_credentials_are_removed(url, secret):
     full = url.replace("{}", secret)
     stored = storage.redact_url(full)
     assert not [piece for piece in secret.split(".") if piece in stored]
@@ -46,7 +46,7 @@ def test_credentials_are_taken_out(url, secret):
     "https://host/a?", "https://host/a@2x.jpg", "https://host/u/@somebody/a.jpg", "https://host:80/a?w=1",
     "s3://bucket/a key/b.jpg", "a.jpg", "folder/what?.png", "folder/a#b.png", "me@home.png", "row 7", "",
     "https://host/a?id=550e8400-e29b-41d4-a716-446655440000"])
-def test_what_is_harmless_stays(url):
+def test_harmless_texts_stay(url):
     assert storage.redact_url(url) == url
 
 
@@ -57,7 +57,7 @@ def test_what_is_harmless_stays(url):
     ("https://host/a?jwt=abc", "https://host/a?jwt=***"),
     ("https://host/a?key=abc", "https://host/a?key=REDACTED-" + storage.short_hash("key=abc")),
     ("https://host/a#x=abc", "https://host/a#x=REDACTED-" + storage.short_hash("x=abc"))])
-def test_stored_urls(url, stored):
+def test_stored_urls_have_no_credentials(url, stored):
     assert storage.redact_url(url) == stored
 
 
@@ -73,7 +73,7 @@ def test_an_image_that_is_signed_again_has_the_same_url():
         assert storage.redact_url(pattern.format("one1")) == storage.redact_url(pattern.format("two2"))
 
 
-def test_texts():
+def test_credentials_in_texts_are_removed():
     text = storage.redact_credentials("cannot read https://user:secret@host/path and s3://bucket/key")
     assert text == "cannot read https://***@host/path and s3://bucket/key"
     text = "hint: see https://docs.host/page.html#a-long-heading, http://HEAD:8265 or (https://host/a?w=1)."
@@ -81,7 +81,7 @@ def test_texts():
     assert storage.redact_credentials("https://host/a?jwt=abc: 404") == "https://host/a?jwt=***: 404"
 
 
-def test_no_text_makes_it_fail_or_slow():
+def test_no_text_makes_the_removal_fail_or_slow():
     many = 50_000
     for text in ("http://" + "?" * many, "http://h/?" + "&" * many, "http://h/" + ";" * many, "http://" + "@" * many,
                  "http://h/?a=" + "a1" * many, "http://h/?\ud800=\udcff", "http://" * many, "a:" * many, "a." * many,

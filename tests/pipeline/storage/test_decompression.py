@@ -24,7 +24,7 @@ def test_joined_streams_are_read_to_the_last_byte(kind):
 
 @pytest.mark.parametrize("padding", [bytes(4), bytes(70_000)])
 @pytest.mark.parametrize("kind", ["gzip", "bzip2", "xz"])
-def test_zeros_are_padding(kind, padding):
+def test_zeros_after_a_stream_are_padding(kind, padding):
     assert decompress(io.BytesIO(PACK[kind](FIRST) + padding), kind).read() == FIRST
 
 
@@ -32,6 +32,6 @@ def test_zeros_are_padding(kind, padding):
 @pytest.mark.parametrize("damage", [lambda first, second: first + b"junkjunk" + second,
                                     lambda first, second: first + second[:-9], lambda first, second: first[:-1],
                                     lambda first, second: first + second[:2]], ids=["junk", "cut", "short", "magic"])
-def test_other_bytes_and_cuts_are_errors(kind, damage):
+def test_other_bytes_after_a_stream_and_cuts_are_errors(kind, damage):
     with pytest.raises(ERRORS):
         decompress(io.BytesIO(damage(PACK[kind](FIRST), PACK[kind](SECOND))), kind).read()

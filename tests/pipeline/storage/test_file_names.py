@@ -10,7 +10,7 @@ _WHOLE = ["/etc/passwd", "s3://other/a", "file:///etc/passwd", "memory://a"]
 
 
 @pytest.mark.parametrize("name", [*_OUTSIDE, *_WHOLE])
-def test_names_that_lead_elsewhere_are_refused(name: str) -> None:
+def test_names_outside_the_folder_are_refused(name: str) -> None:
     with pytest.raises(storage.DamagedFile, match="does not lie below /r/datasets/art/v2/shards\nhint: "):
         storage.file_below("/r/datasets/art/v2/shards", name)
     assert not storage.is_file_name(name) and not storage.is_path_below(name)
@@ -25,5 +25,5 @@ def test_files_of_a_manifest_lie_in_its_dataset(name: str) -> None:
 @pytest.mark.parametrize(("name", "url"), [
     ("a.tar", "/r/datasets/art/v2/shards/a.tar"), ("ledger/..a", "/r/datasets/art/v2/shards/ledger/..a"),
     ("../../v1/shards/a.tar", "/r/datasets/art/v1/shards/a.tar"), ("s3://b/a.tar", "s3://b/a.tar")])
-def test_files_of_a_manifest(name: str, url: str) -> None:
+def test_files_of_a_manifest_have_safe_names(name: str, url: str) -> None:
     assert storage.manifest_file_url("/r/datasets/art/v2/shards/", name) == url

@@ -30,7 +30,7 @@ def _create(results, start, number, urls):
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
-def test_of_eight_that_create_a_name_one_wins(where, tmp_path, request):
+def test_one_of_eight_writers_creates_a_name(where, tmp_path, request):
     root = str(tmp_path) if where == "local" else request.getfixturevalue("s3")
     context = multiprocessing.get_context("fork")
     results, start = context.SimpleQueue(), context.Barrier(8)
@@ -68,7 +68,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     assert sizes == {(3_000_000, 1)}
 
 
-def test_a_write_that_fails_leaves_the_name_as_it_was(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path):
     """With a limit on the size of files, as with a full disk, writing ends in the middle."""
     old, big = str(tmp_path / "out" / "old"), tmp_path / "big"
     storage.put_bytes(b"before", old)
@@ -124,7 +124,7 @@ def test_an_error_while_fetching_publishes_nothing(s3, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
-def test_what_is_put_is_there(where, tmp_path, request):
+def test_a_written_object_can_be_read(where, tmp_path, request):
     root = str(tmp_path) if where == "local" else request.getfixturevalue("s3")
     local = tmp_path / "source"
     local.write_bytes(os.urandom(200_000))
@@ -155,7 +155,7 @@ def test_what_is_put_is_there(where, tmp_path, request):
         storage.size(storage.join(root, "plain.bin"))
 
 
-def test_what_another_process_wrote_is_listed(s3):
+def test_files_of_another_process_are_listed(s3):
     folder = storage.join(s3, "records")
     assert storage.list_files(folder) == []
     storage.put_bytes(b"1", storage.join(folder, "1.json"))
@@ -167,7 +167,7 @@ def test_what_another_process_wrote_is_listed(s3):
     assert not storage.exists(storage.join(folder, "1.json"))
 
 
-def test_a_bucket_that_is_not_there_is_an_error(s3):
+def test_a_missing_bucket_is_an_error(s3):
     with pytest.raises(storage.StorageError, match=r"there is no such bucket\nhint: make it") as caught:
         storage.put_bytes(b"x", "s3://no-such-bucket-here/plan.json")
     assert storage.list_files("s3://no-such-bucket-here/folder") == []
@@ -193,7 +193,7 @@ def dead_server(s3_server, monkeypatch):
                                   storage.read_bytes, storage.sha256, lambda url: list(storage.walk(url)),
                                   lambda url: storage.put_bytes(b"x", url),
                                   lambda url: storage.create_bytes(b"x", url)])
-def test_a_store_that_does_not_answer_is_not_an_empty_one(dead_server, look):
+def test_a_silent_store_is_an_error_and_not_empty(dead_server, look):
     with pytest.raises(OSError) as caught:
         look(storage.join(dead_server, "datasets/x/manifest.json"))
     assert not isinstance(caught.value, FileNotFoundError)
@@ -201,7 +201,7 @@ def test_a_store_that_does_not_answer_is_not_an_empty_one(dead_server, look):
     assert "not-to-be-seen" not in str(caught.value) and "AKIATESTING" not in str(caught.value)
 
 
-def test_json_that_is_cut_names_its_address(tmp_path):
+def test_cut_json_names_its_path(tmp_path):
     (tmp_path / "plan.json").write_text('{"items": [')
     with pytest.raises(ValueError, match=r"plan\.json is not JSON"):
         storage.read_json(str(tmp_path / "plan.json"))
@@ -214,7 +214,7 @@ def test_unknown_protocols_are_refused():
 
 
 @pytest.mark.parametrize("other_disk", [False, True])
-def test_a_file_that_is_given_moves_or_is_copied_from_another_file_system(tmp_path, other_disk):
+def test_a_file_moves_or_is_copied_from_another_file_system(tmp_path, other_disk):
     folder = Path("/dev/shm") if other_disk else tmp_path
     if other_disk and (not folder.is_dir() or folder.stat().st_dev == tmp_path.stat().st_dev):
         pytest.skip("no second file system")
@@ -234,7 +234,7 @@ _SPECIAL = {"pipe": os.mkfifo, "folder": Path.mkdir, "device": lambda path: path
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", _SPECIAL)
-def test_no_reader_waits_for_a_file_that_is_none(tmp_path: Path, kind: str) -> None:
+def test_no_reader_waits_for_a_special_file(tmp_path: Path, kind: str) -> None:
     url, entry = str(tmp_path / "m"), {"name": "m", "bytes": 0, "sha256": hashlib.sha256().hexdigest()}
     _SPECIAL[kind](tmp_path / "m")
     readers = [storage.read_bytes, storage.read_json, storage.sha256, storage.summarize_file,

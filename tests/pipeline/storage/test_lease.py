@@ -60,7 +60,7 @@ def test_a_shared_lease_waits_for_an_exclusive_one(tmp_path):
     assert order == ["emptied", "shared"]
 
 
-def test_of_two_commands_that_empty_a_folder_one_wins(tmp_path, monkeypatch):
+def test_one_of_two_commands_empties_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "_CLAIM_S", 5.0)
     barrier, held, refused = threading.Barrier(2), [], []
 
@@ -165,7 +165,7 @@ def test_a_lease_counts_for_the_folders_in_it(tmp_path):
         pass
 
 
-def test_nothing_is_left_where_nothing_was(tmp_path):
+def test_a_lease_leaves_no_new_folder(tmp_path):
     root = tmp_path / "new root"
     with hold_lease(str(root), "d"):
         with hold_lease(str(root), "e"):

@@ -56,7 +56,7 @@ def test_a_file_from_scratch_is_not_taken_for_an_abandoned_one(tmp_path: Path) -
     assert (tmp_path / "put").stat().st_mtime > time.time() - 60
 
 
-def test_on_an_object_store(s3: str) -> None:
+def test_leftovers_on_an_object_store_are_removed(s3: str) -> None:
     for name in ("probe-0123456789abcdef", "current.json"):
         storage.put_bytes(b"x", f"{s3}/datasets/x/{name}")
     now = storage.modified_time(f"{s3}/datasets/x/current.json")

@@ -27,7 +27,7 @@ def path(tmp_path):
     return tmp_path / "some.parquet"
 
 
-def test_what_is_read_is_what_was_written(path):
+def test_written_tables_are_read_back(path):
     assert parquet.read(path) == pq.read_table(path)
     assert parquet.read(str(path), ["b", "a"]).column_names == ["b", "a"]
     with pytest.raises(pa.ArrowException):

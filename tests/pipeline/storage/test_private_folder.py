@@ -34,7 +34,7 @@ def _uses(shared):
 
 @pytest.mark.parametrize("use", range(3))
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
-def test_a_new_folder_is_of_this_user_alone(shared, use, umask, monkeypatch):
+def test_a_new_folder_belongs_to_this_user_alone(shared, use, umask, monkeypatch):
     monkeypatch.setattr(scratch, "_shared", {})
     make, folder, _ = _uses(shared)[use]
     before = os.umask(umask)
@@ -73,7 +73,7 @@ def test_a_folder_of_another_user_is_refused(shared, use, monkeypatch):
 
 @pytest.mark.parametrize("use", range(3))
 @pytest.mark.parametrize("target", ["own", "absent", "file"])
-def test_a_link_is_refused_wherever_it_leads(shared, tmp_path, use, target, monkeypatch):
+def test_a_link_is_refused_with_any_target(shared, tmp_path, use, target, monkeypatch):
     monkeypatch.setattr(scratch, "_shared", {})
     (tmp_path / "own").mkdir(mode=0o700)
     (tmp_path / "file").touch()

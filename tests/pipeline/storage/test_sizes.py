@@ -28,7 +28,7 @@ def test_decimal_sizes_are_read(text):
 
 
 @pytest.mark.parametrize("text", ["", "four", "4X", "-1G", "4G5", "1e9", "4i", "4iB", "4 G i"])
-def test_what_is_no_size_is_named_in_one_way(text, tmp_path, monkeypatch):
+def test_every_invalid_size_has_the_same_message(text, tmp_path, monkeypatch):
     config = {"source": ("pictures",), "shard_size": text or " "}
     monkeypatch.setenv("RDM_CACHE_BYTES", text or " ")
     for name, read in (("shard.shard_size", lambda: ShardConfig(**config)),

@@ -114,7 +114,7 @@ def test_cells_inside_of_lists_are_changed_and_named():
 
 @pytest.mark.parametrize("kind", [pa.list_view(pa.int8()), pa.large_list_view(pa.int8()), pa.list_(pa.int8(), 2),
                                   pa.large_list(pa.int8())])
-def test_lists_of_every_kind_beside_nulls_are_whole(kind):
+def test_lists_of_every_kind_beside_nulls_are_complete(kind):
     lists = [[1, 2], None, [3, None], [4, 5]]
     table = pa.table({"a": pa.array([[9, 9], *lists], kind)}).slice(1)
     assert [row.cells["a"] for row in table_rows(table)] == [each and json.dumps(each) for each in lists]

@@ -15,7 +15,7 @@ def made_table(features: dict, columns: dict) -> pa.Table:
     return pa.table(columns).replace_schema_metadata(metadata)
 
 
-def test_classes_get_their_names_wherever_they_are():
+def test_classes_get_their_names_in_any_column():
     numbers = pa.array([None, [1, 0], [], [-1, 5]], pa.list_(pa.int64()))
     table = made_table(
         {"style": STYLES, "year": {"dtype": "int64", "_type": "Value"}, "tags": {"feature": STYLES, "_type": "List"},

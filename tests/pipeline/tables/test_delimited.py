@@ -88,7 +88,7 @@ def test_rows_of_another_length_are_named(tmp_path):
     assert [row["url"] for row in good] == ["a", "f"] and len(problems) == 6
 
 
-def test_quotes_as_spark_writes_them_are_read_and_remarked(tmp_path):
+def test_quotes_of_spark_are_read_and_noted(tmp_path):
     good, problems, remarks = read(tmp_path, "a.csv", r'''url,caption,width
 http://a,"he said \"hi\", then left",3
 http://b,"a \\ b \"c\"",4
@@ -115,7 +115,7 @@ def test_a_tsv_has_no_quotes(tmp_path):
     assert good == [{"url": "http://a", "caption": 'two "2"\tpipes'}] and not remarks
 
 
-def test_repeated_and_missing_headers(tmp_path):
+def test_repeated_and_missing_headers_are_named(tmp_path):
     good, _, remarks = read(tmp_path, "a.csv", "url,caption,caption,caption_2\na,1,2,3\nb,4,5,6\n")
     assert good[0] == {"url": "a", "caption": "1", "caption_3": "2", "caption_2": "3"}
     assert remarks == ["repeated_column: caption is stored as caption_3"]
@@ -125,7 +125,7 @@ def test_repeated_and_missing_headers(tmp_path):
         assert good == [{"caption": "a cat", "url": "http://a"}, {"caption": "a dog", "url": "http://b"}]
 
 
-def test_long_cells_and_odd_bytes(tmp_path):
+def test_long_cells_and_odd_bytes_are_read(tmp_path):
     long = "x" * 200_000
     good, problems, remarks = read(tmp_path, "a.csv", f'url,caption\na,{long}\nb,"{long}"\n'.encode()
                                    + b"c,caf\xe9\nd,caf\xc3\xa9\ne,\xef\xbf\xbd\n")

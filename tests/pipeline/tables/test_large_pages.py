@@ -62,7 +62,7 @@ def test_values_are_those_that_pyarrow_reads(tmp_path, monkeypatch, compression,
             assert rows.slice(start, stop - start).equals(table.slice(group * 80 + start, stop - start)), path
 
 
-def test_large_columns_alone_and_batches_of_any_size(tmp_path, monkeypatch):
+def test_large_columns_are_read_in_batches_of_any_size(tmp_path, monkeypatch):
     monkeypatch.setattr(large_pages, "LARGE_PAGE_BYTES", 1000)
     rng = np.random.default_rng(1)
     table = pa.table({"jpg": [rng.bytes(500) for _ in range(90)]})

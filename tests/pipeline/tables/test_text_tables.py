@@ -53,7 +53,7 @@ def test_nothing_after_an_array_is_dropped(tmp_path, rest):
         cells(tmp_path / "a.json")
 
 
-def test_lines_of_json_that_are_none_are_named(tmp_path):
+def test_invalid_lines_of_json_are_named(tmp_path):
     data = b'{"url": "a"}\nnonsense\n\n[1]\n{"url": "b", "t": "caf\xe9"}\n{"url": "c"'
     for name in ("a.jsonl", "a.ndjson", "a.txt"):
         (tmp_path / name).write_bytes(data)
@@ -79,7 +79,7 @@ def test_lists_may_be_compressed_and_in_several_frames(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_names_that_occur_twice_and_halves_of_characters_are_named(tmp_path, name):
+def test_repeated_names_and_half_characters_are_named(tmp_path, name):
     lines = ['{"url": "a", "url": "b", "in": {"x": 1, "x": 2}}',
              '{"url": "\\ud800", "t": ["\\udc00"], "u": "\\ud83d\\ude00"}',
              '{"url": "c"}']

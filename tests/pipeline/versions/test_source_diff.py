@@ -61,7 +61,7 @@ def compare_row_by_row(rows: list[dict[str, Any]], before: list[dict[str, Any]],
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_columns_give_what_rows_give(tmp_path: Path, seed: int) -> None:
+def test_columns_give_the_result_of_a_loop_over_rows(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     rows = [(chance.choice(NAMES), f"caption {chance.randrange(3)}") for _ in range(chance.choice([1, 30, 120]))]
     first = read(tmp_path, rows, Forgotten()).listing().drop(["fresh"]).to_pylist()
@@ -95,7 +95,7 @@ def test_columns_give_what_rows_give(tmp_path: Path, seed: int) -> None:
         shard: sorted(rows) for shard, rows in live.items()}
 
 
-def test_rows_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_rows_of_one_name_are_distinguished(tmp_path: Path) -> None:
     diff = read(tmp_path, [(NAMES[0], "same")] * 3 + [(NAMES[1], "same")], Forgotten())
     marks = diff.listing()["mark"].to_pylist()
     assert len(set(marks)) == 4

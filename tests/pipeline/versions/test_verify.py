@@ -32,7 +32,7 @@ def test_a_healthy_root_has_no_faults(built):
 @pytest.mark.parametrize("name", ["shards/000001.tar", "shards/000001.parquet", "embeddings/000002.npy",
                                   "index/knn.index", "index/index_infos.json", "neighbors/drawn/000000.ids.npy",
                                   "neighbors/drawn/000000.scores.npy"])
-def test_a_flipped_bit_and_a_lost_end_and_a_lost_file_are_named(copied, name):
+def test_a_flipped_bit_a_cut_end_and_a_lost_file_are_named(copied, name):
     whole = path(copied, name).read_bytes()
     for position in (0, len(whole) // 2, len(whole) - 1):
         flipped = bytearray(whole)
@@ -47,7 +47,7 @@ def test_a_flipped_bit_and_a_lost_end_and_a_lost_file_are_named(copied, name):
     assert faults(copied) == {}
 
 
-def test_two_files_that_changed_places_are_both_named(copied):
+def test_two_swapped_files_are_both_named(copied):
     for name, other_name in [("shards/000000.tar", "shards/000001.tar"),
                              ("embeddings/000000.npy", "embeddings/000001.npy"),
                              ("neighbors/drawn/000000.ids.npy", "neighbors/drawn/000001.ids.npy")]:
@@ -72,7 +72,7 @@ def rewrite_file(dataset, folder: str, name: str, data: bytes | None) -> None:
     storage.put_json(manifest, storage.join(dataset.folder(folder), "manifest.json"))
 
 
-def test_rows_that_do_not_line_up_are_named_whatever_the_hashes(copied):
+def test_misaligned_rows_are_named_even_with_matching_hashes(copied):
     vectors = np.load(path(copied, "embeddings/000001.npy"))
     rewrite_file(copied, "embeddings", "000001.npy", synthetic.npy(vectors[:-1]))
     assert faults(copied)["embeddings/000001.npy"] == "has 29 rows, its shard 30 samples"
@@ -84,7 +84,7 @@ def test_rows_that_do_not_line_up_are_named_whatever_the_hashes(copied):
     assert "cannot be read" in faults(copied)["embeddings/000001"]
 
 
-def test_neighbours_that_do_not_line_up_are_named_whatever_the_hashes(copied):
+def test_misaligned_neighbors_are_named_even_with_matching_hashes(copied):
     ids = np.load(path(copied, "neighbors/drawn/000000.ids.npy"))
     scores = np.load(path(copied, "neighbors/drawn/000000.scores.npy"))
     rewrite_file(copied, "neighbors/drawn", "000000.scores.npy", synthetic.npy(scores[:, ::-1]))
@@ -96,7 +96,7 @@ def test_neighbours_that_do_not_line_up_are_named_whatever_the_hashes(copied):
     assert "neighbors/drawn/000000.ids.npy" in faults(copied)
 
 
-def test_a_tar_cut_between_two_members_is_named_whatever_the_hashes(copied):
+def test_a_tar_cut_between_members_is_named_even_with_matching_hashes(copied):
     tar_path = path(copied, "shards/000000.tar")
     with tarfile.open(tar_path) as tar:
         cut = tar.getmembers()[-3].offset
@@ -140,7 +140,7 @@ def test_an_edited_record_is_named(copied, spoil):
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "null", '{"items": 3}'])
-def test_a_manifest_that_is_none_is_named(copied, text):
+def test_an_invalid_manifest_is_named(copied, text):
     file = path(copied, "embeddings/manifest.json")
     file.unlink() if text is None else file.write_text(text)
     assert "cannot be read" in faults(copied)["embeddings/manifest.json"]
