@@ -18,7 +18,7 @@ def test_there_are_four_examples() -> None:
 
 
 @pytest.mark.parametrize(("title", "text"), SECTIONS, ids=[title for title, _ in SECTIONS])
-def test_an_example_prints_what_it_says(title: str, text: str, tmp_path: Path) -> None:
+def test_an_example_prints_its_stated_output(title: str, text: str, tmp_path: Path) -> None:
     program, printed = (re.search(rf"^```{kind}\n(.*?)^```", text, re.M | re.S)[1] for kind in ("python", "text"))
     assert program.count("\n") < 60
     (tmp_path / "images").mkdir()

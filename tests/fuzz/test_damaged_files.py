@@ -43,7 +43,7 @@ def test_every_format_is_listed() -> None:
 
 
 @pytest.mark.parametrize("name", _NAMES)
-def test_known_damaged_files(child: Child, name: str) -> None:
+def test_known_damaged_files_are_refused_or_read(child: Child, name: str) -> None:
     form, broken = formats()[name], []
     for reader in form.readers:
         for data in form.damaged:
@@ -55,7 +55,7 @@ def test_known_damaged_files(child: Child, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", _NAMES)
-def test_whole_files_are_read(child: Child, name: str) -> None:
+def test_undamaged_files_are_read(child: Child, name: str) -> None:
     form = formats()[name]
     results = [_read(child, form, reader, form.whole[0]) for reader in form.readers if (name, reader) not in {
         # Weights of this project are no checkpoint of CompVis.
@@ -113,7 +113,7 @@ def _changed(draw: st.DrawFn, text: bytes) -> bytes:
 @pytest.mark.fuzz
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("name", _NAMES)
-def test_other_damaged_files(child: Child, name: str) -> None:
+def test_random_damaged_files_are_refused_or_read(child: Child, name: str) -> None:
     form = formats()[name]
     end = time.monotonic() + _SECONDS / len(_NAMES)
     broken: list[tuple[bytes, str]] = []

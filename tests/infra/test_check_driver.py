@@ -143,7 +143,7 @@ def test_efa_needs_devices_memory_and_the_plugin(node: Node) -> None:
 
 
 @pytest.mark.parametrize("words", [["abc"], ["-1"], ["--help"], ["1", "x"]])
-def test_words_that_are_no_numbers_are_refused(node: Node, words: list[str]) -> None:
+def test_invalid_numbers_are_refused(node: Node, words: list[str]) -> None:
     node.install_driver("580.82.07")
     code, _, said = node.check(*words)
     assert code == 1 and HINT.match(said) and "is not a number of devices" in said

@@ -61,7 +61,7 @@ def test_every_gpu_pod_is_checked_before_ray_starts() -> None:
         assert files == [{"check-driver.sh": (manifests.INFRA / "kubernetes/base/check-driver.sh").read_text()}]
 
 
-def test_pods_of_eight_have_shared_memory_of_their_own() -> None:
+def test_pods_of_eight_have_their_own_shared_memory() -> None:
     eights = [group for _, group in _gpu_groups() if group["groupName"] == "gpu8"]
     assert len(eights) == len(manifests.OVERLAYS) + 2
     for group in eights:
@@ -75,7 +75,7 @@ def test_pods_of_eight_have_shared_memory_of_their_own() -> None:
         assert 4 * int(group["rayStartParams"]["object-store-memory"]) <= _bytes(shared["sizeLimit"])
 
 
-def test_efa_is_asked_for_on_aws_alone() -> None:
+def test_efa_is_requested_only_on_aws() -> None:
     for name, group in _gpu_groups():
         (container,), limits = group["template"]["spec"]["containers"], _limits(group)
         variables = {variable["name"]: variable["value"] for variable in container.get("env", ())}

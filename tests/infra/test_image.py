@@ -39,7 +39,7 @@ def _instructions(text: str) -> Iterator[tuple[str, str]]:
 @pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.timeout(1800)
-def test_what_the_image_installs_imports_and_works(tmp_path: Path) -> None:
+def test_packages_of_the_image_are_imported_and_work(tmp_path: Path) -> None:
     context, venv = tmp_path / "context", tmp_path / "venv"
     context.mkdir()
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)

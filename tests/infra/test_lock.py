@@ -64,7 +64,7 @@ def test_the_lock_is_complete() -> None:
     assert {canonicalize_name(requirement.name) for _, requirement in _needed(_roots())} <= set(HERE)
 
 
-def test_what_is_installed_is_what_is_locked() -> None:
+def test_installed_versions_are_the_locked_ones() -> None:
     installed = {canonicalize_name(distribution.name): distribution.version
                  for distribution in importlib.metadata.distributions()}
     locked = dict(HERE)
@@ -74,7 +74,7 @@ def test_what_is_installed_is_what_is_locked() -> None:
     assert {name: installed.get(name) for name in locked} == locked
 
 
-def test_only_the_bounds_of_autofaiss_are_broken() -> None:
+def test_only_the_bounds_of_autofaiss_are_exceeded() -> None:
     broken = {(package, canonicalize_name(needed.name)) for package, needed in _needed(_roots())
               if not needed.specifier.contains(HERE[canonicalize_name(needed.name)], prereleases=True)}
     assert broken == {("autofaiss", "numpy"), ("autofaiss", "pandas"), ("autofaiss", "fire"),

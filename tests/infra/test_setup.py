@@ -69,7 +69,8 @@ def machine(tmp_path: Path) -> Machine:
     ({"python3": "3.15", "python3.12": "3.12"}, "3.12"),
     ({"python3.14": "3.14"}, "3.14"),
 ])
-def test_python3_if_it_is_supported_else_the_newest(machine: Machine, installed: dict[str, str], expected: str) -> None:
+def test_setup_uses_python3_if_supported_else_the_newest(machine: Machine, installed: dict[str, str],
+                                                         expected: str) -> None:
     for name, version in installed.items():
         machine.add(name, version)
     result = machine.setup()
@@ -86,7 +87,8 @@ def test_python3_if_it_is_supported_else_the_newest(machine: Machine, installed:
     ({"python3": "-bash: not found"}, "python3 does not run"),
     ({"python3": "3.10", "python3.16": "3.16"}, "python3 is Python 3.10"),
 ])
-def test_without_a_supported_python_nothing_is_made(machine: Machine, installed: dict[str, str], problem: str) -> None:
+def test_without_a_supported_python_setup_makes_nothing(machine: Machine, installed: dict[str, str],
+                                                        problem: str) -> None:
     for name, version in installed.items():
         machine.add(name, version)
     result = machine.setup()
@@ -94,7 +96,7 @@ def test_without_a_supported_python_nothing_is_made(machine: Machine, installed:
     assert result.stderr.startswith(f"{LINE}{problem}. hint: install Python 3.11 to 3.14 with venv and pip")
 
 
-def test_an_interpreter_without_venv_is_passed_over_and_else_named(machine: Machine) -> None:
+def test_an_interpreter_without_venv_is_skipped_or_named(machine: Machine) -> None:
     machine.add("python3", "3.13", "ensurepip")
     assert machine.setup().stderr.startswith(f"{LINE}python3 (Python 3.13) lacks ensurepip. hint: install Python")
     (machine.bin / "apt-get").symlink_to(shutil.which("true"))
@@ -120,7 +122,7 @@ def test_an_explicit_python_wins_and_is_checked(machine: Machine) -> None:
     assert machine.setup().returncode == 0 and machine.version() == "3.14"  # a .venv that can stay does
 
 
-def test_nothing_is_done_twice_and_a_changed_lock_is_installed(machine: Machine) -> None:
+def test_setup_repeats_nothing_and_installs_a_changed_lock(machine: Machine) -> None:
     machine.add("python3", "3.13")
     machine.setup()
     installed = machine.log.read_text()
@@ -134,7 +136,7 @@ def test_nothing_is_done_twice_and_a_changed_lock_is_installed(machine: Machine)
     assert machine.setup().stderr == "" and machine.log.read_text() == ""
 
 
-def test_pip_installs_where_uv_cannot_and_a_failure_is_continued(machine: Machine) -> None:
+def test_pip_replaces_a_failing_uv_and_a_failed_install_is_resumed(machine: Machine) -> None:
     machine.add("python3", "3.13")
     (machine.broken / "uv").touch()
     result = machine.setup()
@@ -158,7 +160,7 @@ def test_a_failed_venv_leaves_nothing(machine: Machine) -> None:
     assert not machine.venv.exists()
 
 
-def test_a_venv_that_cannot_stay_is_made_again_and_says_why(machine: Machine) -> None:
+def test_an_unusable_venv_is_made_again_with_a_reason(machine: Machine) -> None:
     machine.add("python3", "3.13")
 
     def made_again(reason: str, *arguments: str) -> None:
@@ -198,7 +200,7 @@ def test_a_venv_that_cannot_be_replaced_stays(machine: Machine) -> None:
     assert machine.setup().returncode != 0 and (machine.venv / "bin/python").exists()
 
 
-def test_the_real_interpreter_is_understood(machine: Machine, tmp_path: Path) -> None:
+def test_the_faults_of_a_real_interpreter_are_named(machine: Machine, tmp_path: Path) -> None:
     shadow = tmp_path / "shadow"
     shadow.mkdir()
     (shadow / "ensurepip.py").write_text("raise ImportError")
@@ -210,7 +212,7 @@ def test_the_real_interpreter_is_understood(machine: Machine, tmp_path: Path) ->
 
 
 @pytest.mark.network
-def test_the_real_thing_with_a_small_lock(machine: Machine) -> None:
+def test_setup_works_with_a_small_lock(machine: Machine) -> None:
     lock = (machine.repository / "requirements.lock").read_text()
     (machine.repository / "requirements.lock").write_text(
         "".join(re.findall(r"^(?:uv|setuptools|six)==\S+\n", lock, re.M)))

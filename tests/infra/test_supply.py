@@ -94,7 +94,7 @@ def test_a_service_that_does_not_answer_fails_the_audit(service: str, tmp_path: 
 
 
 @pytest.mark.slow
-def test_the_lists_have_every_pin_and_are_the_same_twice(tmp_path: Path) -> None:
+def test_the_lists_have_every_pin_and_are_reproducible(tmp_path: Path) -> None:
     program = tools.environment("supply") / "cyclonedx-py"
     for folder in ("first", "second"):
         command = [REPOSITORY / "infra/sbom.sh", program, tmp_path / folder]

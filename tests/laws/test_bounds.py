@@ -102,7 +102,7 @@ def test_choices_are_checked_without_the_command_line(section: str, config: Any)
                 replace(config, **{name: "other"})
 
 
-def test_all_sections_of_the_command_line_are_here() -> None:
+def test_every_section_of_the_command_line_is_tested() -> None:
     def sections(kind: type) -> set[type]:
         kinds = {each for each in get_type_hints(kind).values() if is_dataclass(each)}
         return kinds.union(*(sections(each) for each in kinds))

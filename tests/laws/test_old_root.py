@@ -105,7 +105,7 @@ def test_an_old_index_is_extended_and_searched(root: Path) -> None:
     assert main(["verify", "--root", str(root)]) == 0
 
 
-def test_what_is_made_again_has_the_same_fingerprints(root: Path) -> None:
+def test_rebuilt_folders_have_the_same_fingerprints(root: Path) -> None:
     places = ("art/v1/embeddings", "art/v1/text_embeddings", "art/v1/index", "art/v1/neighbors/art")
     before = [manifest(root, place) for place in places]
     assert run(root, "index", "art", "--key", "IVF4,SQ8", "--overwrite") == 0

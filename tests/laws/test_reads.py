@@ -164,7 +164,7 @@ def test_an_input_that_changes_while_a_stage_runs_is_not_sealed(tmp_path: Path) 
     assert again.claim and again.claim.inputs["embeddings"]["digest"] == dataset.manifest("embeddings")["content"]
 
 
-def test_an_input_that_was_removed_did_not_change(tmp_path: Path) -> None:
+def test_a_removed_input_is_not_reported_as_changed(tmp_path: Path) -> None:
     """As the checkpoints that a training removes while images are generated from one."""
     dataset = synthetic.vector_dataset(tmp_path, "x", np.split(synthetic.clustered(60, 16), 6))
     stage = synthetic.FixedStage(dataset, "text_embeddings", "embed", {"000000": (1, {"a": b"x"})})

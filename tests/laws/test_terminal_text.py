@@ -94,7 +94,7 @@ def test_a_live_bar_and_bold_heads_are_the_only_control_sequences(place: Path) -
     assert not RAW.search(re.sub(r"\x1b\[[?\d;]*[A-Za-z]|\r", "", said))
 
 
-def test_text_and_styles_of_others() -> None:
+def test_text_and_styles_of_others_are_escaped() -> None:
     assert storage.escape_controls(HOSTILE) == SHOWN
     assert storage.escape_controls("a\tb\nc\ud800", "\n\t") == "a\tb\nc\\ud800"
     plain = "café 日本 👩‍👩‍👧 العربية"
@@ -111,7 +111,7 @@ def test_errors_warnings_and_tracebacks_are_escaped(capsys: pytest.CaptureFixtur
     assert not RAW.search(said + logs._format_warning(HOSTILE, UserWarning, "file.py", 1, ""))
 
 
-def test_a_page_shows_marks_of_the_writing_direction() -> None:
+def test_a_page_shows_marks_of_writing_direction() -> None:
     page = render_page(title=HOSTILE, written="", code="", root="", headline=None, failures="", best="", sections=[],
                        is_empty=False, left_out=0).decode()
     assert SHOWN in page and not RAW.search(page)

@@ -24,7 +24,7 @@ def _vectors(count: int, centre: np.ndarray, rng: np.random.Generator) -> np.nda
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-def test_a_judge_learns_how_pictures_are_drawn() -> None:
+def test_a_style_classifier_learns_styles() -> None:
     torch.set_num_threads(1)
     network = style_classifier.train_judge(*_pictures(200, 0), 2, steps=60, seed=0)
     pictures, labels = _pictures(200, 1)
@@ -43,7 +43,7 @@ def test_a_rare_style_is_learned_as_well_as_a_frequent_one() -> None:
     assert (style_classifier.classify_images(network, pictures[labels == 1]) == 1).mean() > 0.9
 
 
-def test_the_probe_tells_directions_apart() -> None:
+def test_the_probe_distinguishes_directions() -> None:
     rng = np.random.default_rng(0)
     centres = np.eye(3, 8)
     vectors = np.concatenate([_vectors(50, centre, rng) for centre in centres])
@@ -54,7 +54,7 @@ def test_the_probe_tells_directions_apart() -> None:
     assert (style_classifier.classify_vectors(weights, others) == labels).mean() > 0.95
 
 
-def test_kid_is_about_nothing_for_the_same_and_grows_with_the_distance() -> None:
+def test_kid_is_near_zero_for_equal_sets_and_grows_with_distance() -> None:
     rng = np.random.default_rng(0)
     centre, other_centre = np.eye(2, 8)
     vectors = _vectors(150, centre, rng)
@@ -66,7 +66,7 @@ def test_kid_is_about_nothing_for_the_same_and_grows_with_the_distance() -> None
     assert np.isnan(style_classifier.kid(vectors[:1], vectors))
 
 
-def test_kid_does_not_take_pictures_of_one_prompt_for_independent_ones() -> None:
+def test_kid_does_not_count_images_of_one_prompt_as_independent() -> None:
     rng = np.random.default_rng(2)
     centre = np.eye(2, 8)[0]
     real = _vectors(200, centre, rng)
@@ -79,7 +79,7 @@ def test_kid_does_not_take_pictures_of_one_prompt_for_independent_ones() -> None
     assert np.isnan(style_classifier.kid(once[0][:2], real, np.zeros(2)))
 
 
-def test_kid_is_what_its_definition_says() -> None:
+def test_kid_equals_its_definition() -> None:
     rng = np.random.default_rng(1)
     fake, real = _vectors(5, np.ones(4), rng), _vectors(7, np.ones(4), rng)
 

@@ -80,7 +80,7 @@ def documents() -> list[Document]:
     return _with_digest([*rendered, *manifests.read_jobs(), *manifests.render_kueue_jobs()])
 
 
-def test_policies_are_as_their_schemas_want_and_are_bound(policies: list[Document]) -> None:
+def test_policies_follow_their_schemas_and_are_bound(policies: list[Document]) -> None:
     for document in policies:
         manifests.check_schema(document)
         assert "namespace" not in document["metadata"]
@@ -101,7 +101,7 @@ def test_every_pod_of_infra_is_admitted(policies: list[Document], documents: lis
     assert _decide(policies, "rdm-pods", pods) == [[]] * len(pods)
 
 
-def test_a_digest_that_is_not_filled_in_is_refused(policies: list[Document]) -> None:
+def test_a_missing_digest_is_refused(policies: list[Document]) -> None:
     pods = [pod for each in manifests.render("overlays/on-prem") for pod in _pods(each)]
     assert all(len(answer) == 1 and "by its digest" in answer[0] for answer in _decide(policies, "rdm-pods", pods))
 
@@ -235,7 +235,7 @@ def allowed() -> Callable[[str, str, str], bool]:
     return ask
 
 
-def test_people_who_run_jobs_make_no_pod_of_their_own(allowed: Callable[[str, str, str], bool]) -> None:
+def test_people_who_run_jobs_cannot_create_pods(allowed: Callable[[str, str, str], bool]) -> None:
     makers = [("", "pods"), ("", "pods/exec"), ("", "pods/attach"), ("", "pods/ephemeralcontainers"),
               ("apps", "deployments"), ("", "replicationcontrollers"), ("apps", "statefulsets"),
               ("apps", "daemonsets"), ("apps", "replicasets"), ("batch", "jobs"), ("batch", "cronjobs"),
@@ -272,7 +272,7 @@ def test_only_the_autoscaler_has_a_token_of_kubernetes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", manifests.OVERLAYS)
-def test_what_a_pod_writes_has_a_volume(name: str) -> None:
+def test_every_path_that_a_pod_writes_has_a_volume(name: str) -> None:
     documents = [*manifests.render(f"overlays/{name}"), *manifests.read_jobs(), *manifests.render_kueue_jobs()]
     for pod in (pod for each in documents for pod in manifests.pod_templates(each)):
         empty = {volume["name"] for volume in pod["spec"]["volumes"] if "emptyDir" in volume}

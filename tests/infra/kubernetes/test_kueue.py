@@ -29,7 +29,7 @@ def job(request: pytest.FixtureRequest) -> Document:
     return document
 
 
-def test_queues_are_as_their_schemas_want(queues: list[Document]) -> None:
+def test_queues_follow_their_schemas(queues: list[Document]) -> None:
     assert [each["kind"] for each in queues if each["kind"] in manifests.KUEUE] == [
         "ClusterQueue", "LocalQueue", "ResourceFlavor", "WorkloadPriorityClass"]
     for document in queues:
@@ -39,7 +39,7 @@ def test_queues_are_as_their_schemas_want(queues: list[Document]) -> None:
 @pytest.mark.parametrize("path, value", [
     ("spec.resourceGroup", []), ("spec.queueingStrategy", "Fifo"), ("spec.preemption.withinClusterQueue", "Always"),
     ("spec.resourceGroups.0.flavors.0.resources.0.nominalQuota", "many"), ("metadata.namespace", "rdm")])
-def test_what_is_wrong_in_a_queue_is_found(queues: list[Document], path: str, value: Any) -> None:
+def test_faults_of_a_queue_are_found(queues: list[Document], path: str, value: Any) -> None:
     document = copy.deepcopy(next(each for each in queues if each["kind"] == "ClusterQueue"))
     manifests.check_schema(document)
     node: Any = document
@@ -51,7 +51,7 @@ def test_what_is_wrong_in_a_queue_is_found(queues: list[Document], path: str, va
         manifests.check_schema(document)
 
 
-def test_queues_lead_to_each_other_and_to_the_jobs(queues: list[Document], job: Document) -> None:
+def test_queues_refer_to_each_other_and_to_the_jobs(queues: list[Document], job: Document) -> None:
     names = {kind: {each["metadata"]["name"] for each in manifests.of_kind(queues, kind)} for kind in manifests.KUEUE}
     (local,), (cluster,) = (manifests.of_kind(queues, kind) for kind in ("LocalQueue", "ClusterQueue"))
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == local["metadata"]["name"]

@@ -37,14 +37,14 @@ def rayjobs() -> list[Document]:
     return [*manifests.read_jobs(), *manifests.render_kueue_jobs()]
 
 
-def test_every_document_of_an_overlay_is_as_its_schema_wants(overlay: list[Document]) -> None:
+def test_every_document_of_an_overlay_follows_its_schema(overlay: list[Document]) -> None:
     kinds = {document["kind"] for document in overlay}
     assert kinds >= {"RayCluster", "CronJob", "NetworkPolicy", "PodMonitor", "Role"}
     for document in overlay:
         manifests.check_schema(document)
 
 
-def test_every_job_is_as_its_schema_wants(rayjobs: list[Document]) -> None:
+def test_every_job_follows_its_schema(rayjobs: list[Document]) -> None:
     for document in rayjobs:
         manifests.check_schema(document)
         spec = document["spec"]
@@ -74,7 +74,7 @@ def test_what_is_wrong_is_found(path: str, value: Any) -> None:
 
 
 
-def test_no_manifest_names_a_verb_or_flag_that_is_not_there(overlay: list[Document], rayjobs: list[Document]) -> None:
+def test_no_manifest_names_a_missing_verb_or_flag(overlay: list[Document], rayjobs: list[Document]) -> None:
     command_lines = manifests.read_commands([*overlay, *rayjobs], manifests.read_settings(overlay))
     commands = [manifests.parse_command(command_words) for command_words in command_lines]
     assert len(commands) == len(STYLES) + len(rayjobs)
@@ -82,7 +82,7 @@ def test_no_manifest_names_a_verb_or_flag_that_is_not_there(overlay: list[Docume
     assert all(command.common.root.startswith("s3://BUCKET/rdm") for command in commands)
 
 
-def test_no_other_text_names_a_verb_or_flag_that_is_not_there() -> None:
+def test_no_other_text_names_a_missing_verb_or_flag() -> None:
     line = re.compile(r"^(?:#? {4,}|\$ )?(?:\S*/)?(python -m jobs [^`|<>]*?)(?:\s+\\)?$", re.M)
     commands = []
     for file in sorted(INFRA.rglob("*")):
@@ -93,13 +93,13 @@ def test_no_other_text_names_a_verb_or_flag_that_is_not_there() -> None:
     assert len(commands) >= 5
 
 
-def test_a_verb_or_flag_that_is_not_there_is_found() -> None:
+def test_a_missing_verb_or_flag_is_found() -> None:
     for words in (["fly"], ["embed", "noto", "--no-such-flag"], ["submit", "--wait", "embed", "noto", "--wait"]):
         with pytest.raises(AssertionError):
             manifests.parse_command(words)
 
 
-def test_all_that_is_referred_to_is_there(overlay: list[Document], rayjobs: list[Document]) -> None:
+def test_every_reference_has_a_target(overlay: list[Document], rayjobs: list[Document]) -> None:
     names = {kind: {document["metadata"]["name"] for document in manifests.of_kind(overlay, kind)} for kind in (
         "ServiceAccount", "ConfigMap", "RayCluster", "Role")}
     (cluster,) = manifests.of_kind(overlay, "RayCluster")
@@ -136,8 +136,8 @@ def test_all_that_is_referred_to_is_there(overlay: list[Document], rayjobs: list
         assert environment["RAY_API_SERVER_ADDRESS"] == f"http://{cluster['metadata']['name']}-head-svc:8265"
 
 
-def test_no_secret_is_written_down_and_none_is_missing_from_the_readme(overlay: list[Document],
-                                                                       rayjobs: list[Document]) -> None:
+def test_manifests_contain_no_secret_and_the_readme_names_each_one(overlay: list[Document],
+                                                                   rayjobs: list[Document]) -> None:
     assert not manifests.of_kind([*overlay, *rayjobs], "Secret")
     for document in [*overlay, *rayjobs]:
         for path, node in manifests.walk(document):
@@ -149,7 +149,7 @@ def test_no_secret_is_written_down_and_none_is_missing_from_the_readme(overlay: 
 
 
 
-def test_clusters_want_a_token_and_heads_are_safe(overlay: list[Document], rayjobs: list[Document]) -> None:
+def test_clusters_require_a_token_and_heads_take_no_work(overlay: list[Document], rayjobs: list[Document]) -> None:
     (own,) = manifests.cluster_specs(overlay)
     for cluster in manifests.cluster_specs([*overlay, *rayjobs]):
         # KubeRay makes a token for the cluster of a RayJob, which is not that of the standing one.
@@ -187,12 +187,12 @@ def test_each_style_is_rebuilt_at_night_by_one_pod_that_waits(overlay: list[Docu
         assert len(names) == len(STYLES)
 
 
-def test_versions_are_those_that_were_tested(overlay: list[Document], rayjobs: list[Document]) -> None:
+def test_manifests_have_the_tested_versions(overlay: list[Document], rayjobs: list[Document]) -> None:
     lock = dict(re.findall(r"^([\w.-]+)==(\S+)", (REPOSITORY / "requirements.lock").read_text(), re.M))
     assert {cluster["rayVersion"] for cluster in manifests.cluster_specs([*overlay, *rayjobs])} == {lock["ray"]}
 
 
-def test_the_image_is_made_of_what_is_there_and_runs_as_nobody_special() -> None:
+def test_the_image_copies_existing_files_and_runs_without_privileges() -> None:
     dockerfile = (INFRA / "Dockerfile").read_text()
     sources = [word for line in re.findall(r"^COPY (?!--from)(.*)", dockerfile, re.M) for word in line.split()[:-1]]
     kept = set(re.findall("^!(.*)", (INFRA / "Dockerfile.dockerignore").read_text(), re.M))

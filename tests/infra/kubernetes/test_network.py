@@ -82,13 +82,13 @@ def talks(policies: list[Document], source: dict[str, str], target: dict[str, st
 
 
 @pytest.mark.parametrize("address", METADATA)
-def test_no_pod_reaches_metadata_or_link_local_addresses(policies: list[Document], address: str) -> None:
+def test_no_pod_reaches_metadata_or_link_local_ips(policies: list[Document], address: str) -> None:
     for labels in (NODE, *SUBMITTERS, *OTHERS):
         for port in (80, 443, 53):
             assert not reaches(policies, labels, address, port)
 
 
-def test_nodes_reach_where_images_are(policies: list[Document]) -> None:
+def test_nodes_reach_hosts_of_images(policies: list[Document]) -> None:
     for address in REACHABLE:
         assert all(reaches(policies, NODE, address, port) for port in (80, 443, 9000))
 
@@ -98,7 +98,7 @@ def test_others_reach_nothing_outside(policies: list[Document]) -> None:
         assert not any(reaches(policies, labels, address, 443) for labels in (*SUBMITTERS, *OTHERS))
 
 
-def test_submitters_reach_the_dashboard_alone_and_nodes_each_other(policies: list[Document]) -> None:
+def test_submitters_reach_only_the_dashboard_and_nodes_reach_each_other(policies: list[Document]) -> None:
     for submitter in SUBMITTERS:
         assert talks(policies, submitter, NODE, 8265)
         assert not talks(policies, submitter, NODE, 6379) and not talks(policies, submitter, NODE, 8080)
@@ -110,7 +110,7 @@ def test_submitters_reach_the_dashboard_alone_and_nodes_each_other(policies: lis
         assert not talks(policies, NODE, other, 80)
 
 
-def test_from_other_namespaces_only_kuberay_and_prometheus_come_in(policies: list[Document]) -> None:
+def test_only_kuberay_and_prometheus_reach_pods_from_other_namespaces(policies: list[Document]) -> None:
     assert talks(policies, {}, NODE, 8265, "kuberay-system") and not talks(policies, {}, NODE, 6379, "kuberay-system")
     assert all(talks(policies, {}, NODE, port, "monitoring") for port in (8080, 44217, 44227))
     assert not talks(policies, {}, NODE, 8265, "monitoring")
@@ -118,7 +118,7 @@ def test_from_other_namespaces_only_kuberay_and_prometheus_come_in(policies: lis
         assert not any(talks(policies, {}, NODE, port, namespace) for port in (8265, 8080, 6379))
 
 
-def test_names_are_asked_of_kube_system(policies: list[Document]) -> None:
+def test_dns_requests_go_to_kube_system(policies: list[Document]) -> None:
     for labels in (NODE, *SUBMITTERS):
         dns: list[Any] = [rule for rule in _rules(policies, labels, "egress") or () if any(
             _selects(peer.get("namespaceSelector", {"matchLabels": {"x": "x"}}),

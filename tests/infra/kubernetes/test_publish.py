@@ -14,7 +14,7 @@ def publish() -> list[Document]:
     return manifests.render("publish")
 
 
-def test_the_publisher_is_as_its_schemas_want(publish: list[Document]) -> None:
+def test_the_publisher_follows_its_schemas(publish: list[Document]) -> None:
     for document in publish:
         manifests.check_schema(document)
     assert {document["metadata"].get("namespace", "rdm-publish") for document in publish} == {"rdm-publish"}
@@ -47,7 +47,7 @@ def test_no_other_pod_has_the_key(publish: list[Document]) -> None:
     assert KEY in str(publish) and KEY not in str(others)
 
 
-def test_it_reaches_what_nodes_reach_and_nobody_reaches_it(publish: list[Document]) -> None:
+def test_the_publisher_reaches_what_nodes_reach_and_no_pod_reaches_it(publish: list[Document]) -> None:
     (policy,) = manifests.of_kind(publish, "NetworkPolicy")
     nodes = next(each for each in manifests.of_kind(manifests.render("overlays/on-prem"), "NetworkPolicy")
                  if each["metadata"]["name"] == "rdm-nodes")

@@ -40,7 +40,7 @@ FOLDERS = [*(f"overlays/{each}" for each in OVERLAYS), *(f"kueue/{each}" for eac
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_what_is_filled_in_is_printed_and_else_refused(kubernetes: Path, name: str) -> None:
+def test_complete_manifests_are_printed_and_incomplete_ones_refused(kubernetes: Path, name: str) -> None:
     documents = list(yaml.safe_load_all(_render(kubernetes / name)))
     assert DIGEST in str(documents)
     assert "DIGEST" in _render(INFRA / "kubernetes" / name, check=False)
@@ -51,7 +51,7 @@ def test_what_is_filled_in_is_printed_and_else_refused(kubernetes: Path, name: s
         assert "hint: " in _render(kubernetes / name, check=False)
 
 
-def test_a_file_is_taken_too(kubernetes: Path) -> None:
+def test_a_single_file_is_rendered_too(kubernetes: Path) -> None:
     assert DIGEST in _render(kubernetes / "jobs/demo.yaml")
     assert "not replaced" in _render(INFRA / "kubernetes/jobs/demo.yaml", check=False)
     assert "RayJob" in _render(INFRA / "kubernetes/jobs/embed.yaml")  # it brings no image

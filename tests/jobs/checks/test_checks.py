@@ -136,11 +136,11 @@ def test_a_network_that_does_not_fit_the_memory_is_refused(source: Path, monkeyp
     assert "the network does not fit the memory" in capsys.readouterr().err
 
 
-def test_memory_is_that_of_the_machine_or_less() -> None:
+def test_the_memory_limit_is_at_most_that_of_the_machine() -> None:
     assert 1 << 28 < machine.memory_bytes() < 1 << 50
 
 
-def test_a_gpu_that_is_not_there_is_refused_before_the_first_stage(source: Path) -> None:
+def test_a_missing_gpu_is_refused_before_the_first_stage(source: Path) -> None:
     assert main(_pipeline(source, "--gpus", "1")) == 1
     assert not (source.parent / "root").exists()
 

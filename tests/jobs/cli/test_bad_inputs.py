@@ -72,19 +72,19 @@ def _words(place: Path, verb: str, name: str, root: str) -> list[str]:
     return [*words, *local, "--root", str(place / root)]
 
 
-def test_every_verb_is_here() -> None:
+def test_every_verb_has_its_bad_inputs() -> None:
     assert COMMANDS.keys() == VERBS.keys()
 
 
 @pytest.mark.parametrize("root", ["absent", "else"])
 @pytest.mark.parametrize("verb", sorted(VERBS.keys() - _MAKES - _READS_NO_ROOT - _SHOWS_AN_EMPTY_ROOT - _ONLY_SUBMITS))
-def test_no_root_and_the_root_of_something_else(verb: str, root: str, place: Path,
-                                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_or_foreign_root_is_refused(verb: str, root: str, place: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
     _refused(place, verb, _words(place, verb, "noto", root), capsys)
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS.keys() - _READS_NO_ROOT - _ONLY_SUBMITS))
-def test_a_root_that_is_a_file(verb: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_root_that_is_a_file_is_refused(verb: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _refused(place, verb, _words(place, verb, "noto", "file.bin"), capsys)
 
 
@@ -96,19 +96,20 @@ def test_verbs_that_make_a_root_make_none_in_a_dry_run(verb: str, place: Path,
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS.keys() - _NO_DATASET))
-def test_a_name_with_a_slash(verb: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_with_a_slash_is_refused(verb: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = _refused(place, verb, _words(place, verb, "no/to", "root"), capsys)
     assert "no/to" in said
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS.keys() - _NO_DATASET - _MAKES - _ONLY_SUBMITS))
-def test_a_mistyped_name(verb: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistyped_name_is_refused(verb: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = _refused(place, verb, _words(place, verb, "nota", "root"), capsys)
     assert re.search(r"nota.*did you mean (datasets/)?noto\?", said, re.DOTALL)
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS))
-def test_a_recipe_file_with_an_unknown_key(verb: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_file_with_an_unknown_key_is_refused(verb: str, place: Path,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
     words = [*_words(place, verb, "noto", "root"), "--config", str(place / "unknown.toml")]
     (place / "unknown.toml").write_text("[shrad]\nimage_size = 64\n")
     assert "there is no setting 'shrad'" in _refused(place, verb, words, capsys)

@@ -48,7 +48,7 @@ def test_damaged_data_ends_with_1(root: Path, file: str, command: list[str],
         assert shlex.split(hinted).count("--root") == 1 and str(root) in shlex.split(hinted)
 
 
-def test_a_hint_that_was_given_is_a_command_that_works(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_of_a_hint_works(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "datasets/drawn/v1/shards/manifest.json").write_bytes(b"{")
     assert main(["embed", "drawn", "--overwrite", "--root", str(root), "--local"]) == 1
     hinted = shlex.split(capsys.readouterr().err.partition("hint: ")[2])

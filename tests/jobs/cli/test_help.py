@@ -80,7 +80,7 @@ def test_flags_of_the_work_are_those_of_verbs_that_have_a_runner(capsys: pytest.
             assert {"--local", "--workers", "--dry-run"} <= shown, verb
 
 
-def test_help_of_a_submitted_verb_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_submit_has_its_own_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--secret" in _printed(capsys, "submit", "--help")
     assert "--gates.min-recall" not in _printed(capsys, "submit", "--help")
 
@@ -119,7 +119,7 @@ def test_mistyped_flags_are_suggested(capsys: pytest.CaptureFixture[str]) -> Non
     assert stopped.value.code == 2 and "--max-memory" in capsys.readouterr().err
 
 
-def test_words_that_complete(tmp_path: Path) -> None:
+def test_completion_gives_verbs_flags_and_names(tmp_path: Path) -> None:
     for folder in ("datasets/noto/v1", "datasets/nova/v1", "datasets/art/v1", "runs/emoji_32"):
         (tmp_path / folder).mkdir(parents=True)
     assert help_pages.complete(["s"]) == ["shard", "score", "sample", "style", "search", "status", "show", "submit"]
@@ -137,7 +137,7 @@ _FISH = "rdm --completion fish | source; complete -C 'rdm {line}' | string split
 
 
 @pytest.mark.parametrize(("shell", "script"), [("bash", _BASH), ("zsh", _ZSH), ("fish", _FISH)])
-def test_shells_complete(shell: str, script: str, tmp_path: Path) -> None:
+def test_completion_works_in_shells(shell: str, script: str, tmp_path: Path) -> None:
     if not shutil.which(shell):
         pytest.skip(f"{shell} is not installed")
     program = tmp_path / "bin/rdm"

@@ -53,7 +53,7 @@ def test_every_flag_that_a_string_names_exists(capsys: pytest.CaptureFixture[str
     assert unknown == {}
 
 
-def test_what_needs_no_tensors_does_not_load_torch(tmp_path: Path) -> None:
+def test_shard_and_status_do_not_load_torch(tmp_path: Path) -> None:
     """It takes half a gigabyte and seconds, in every worker of a stage and for every look at the status."""
     _pictures(tmp_path / "in")
     root = str(tmp_path / "root")
@@ -75,7 +75,7 @@ def test_stdout_is_one_document_and_a_second_run_does_nothing(tmp_path: Path, ca
     assert _shard(tmp_path) == 0 and manifest.stat().st_mtime_ns == before
 
 
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, capsys) -> None:
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys) -> None:
     _pictures(tmp_path / "in")
     assert _shard(tmp_path, "--dry-run", "--samples-per-shard", "2") == 0
     said = json.loads(capsys.readouterr().out)
@@ -103,7 +103,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, ca
     (["sample", "run", "--prompt", "x", "--database", "y", "--name", "../z", "--local"], "'../z' is not a name"),
     (["sample", "run", "--prompt", "x", "--prompt", "x", "--database", "y", "--local"], "given twice"),
 ])
-def test_misuse_is_a_sentence_and_exit_2(arguments, sentence: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_invalid_usage_is_a_sentence_and_exit_2(arguments, sentence: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "root/datasets").mkdir(parents=True)
     try:
@@ -114,7 +114,7 @@ def test_misuse_is_a_sentence_and_exit_2(arguments, sentence: str, tmp_path: Pat
     assert code == 2 and sentence in error and "Traceback" not in error
 
 
-def test_an_unknown_flag_is_misuse(tmp_path: Path) -> None:
+def test_an_unknown_flag_is_invalid_usage(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["status", "--rooot", str(tmp_path)])
     assert stopped.value.code == 2
@@ -162,7 +162,7 @@ def test_a_verb_reads_only_its_own_sections(tmp_path: Path, capsys) -> None:
     assert _shard(tmp_path, "--config", str(file)) == 2 and "there is no setting 'shards'" in capsys.readouterr().err
 
 
-def test_file_over_recipe_and_flags_over_file(tmp_path: Path, capsys) -> None:
+def test_a_file_overrides_a_recipe_and_flags_override_a_file(tmp_path: Path, capsys) -> None:
     file = tmp_path / "settings.toml"
     file.write_text('recipe = "imagenet_400m"\n[shard]\nimage_size = 48\nquality = 80\n'
                     "[train.unet]\nchannel_mult = [1, 2]\n")
@@ -202,7 +202,7 @@ def test_faults_are_exit_1_and_named(tmp_path: Path, capsys) -> None:
     assert "datasets/some/v1/shards/000000.tar: has other bytes than when it was sealed" in capsys.readouterr().out
 
 
-def test_status_tells_stale_from_sealed_and_damaged(tmp_path: Path, capsys) -> None:
+def test_status_distinguishes_stale_sealed_and_damaged(tmp_path: Path, capsys) -> None:
     _pictures(tmp_path / "in")
     root = ["--root", str(tmp_path / "root")]
     assert _shard(tmp_path) == 0 and main(["embed", "some", "--local", *root]) == 0
@@ -233,7 +233,7 @@ def test_a_stale_folder_is_no_input_and_a_fault(tmp_path: Path, capsys) -> None:
     assert main(["neighbors", "some", "--local", *root]) == 0 and main(["verify", *root]) == 0
 
 
-def test_a_rebuild_that_cannot_be_planned_leaves_what_is_there(tmp_path: Path) -> None:
+def test_an_overwrite_that_cannot_be_planned_keeps_the_old_folder(tmp_path: Path) -> None:
     _pictures(tmp_path / "in")
     root = ["--root", str(tmp_path / "root")]
     assert _shard(tmp_path) == 0 and main(["embed", "some", "--local", *root]) == 0
@@ -245,8 +245,8 @@ def test_a_rebuild_that_cannot_be_planned_leaves_what_is_there(tmp_path: Path) -
 @pytest.mark.parametrize("settings, said", [
     (["--key", "NONSENSE"], "faiss knows no index NONSENSE"), (["--key", "IVF5000,Flat"], "more lists than"),
     (["--max-memory", "1Ki", "--bytes-per-vector", "0"], "the smallest possible")])
-def test_an_index_that_cannot_be_built_is_misuse_and_leaves_the_one_there_is(prepared_root, tmp_path, settings, said,
-                                                                             capsys) -> None:
+def test_an_impossible_index_is_invalid_usage_and_keeps_the_old_one(prepared_root, tmp_path, settings, said,
+                                                                    capsys) -> None:
     shutil.copytree(prepared_root, tmp_path / "root")
     manifest = tmp_path / "root/datasets/drawn/v1/index/manifest.json"
     before = manifest.read_bytes()
@@ -254,7 +254,7 @@ def test_an_index_that_cannot_be_built_is_misuse_and_leaves_the_one_there_is(pre
     assert said in capsys.readouterr().err and manifest.read_bytes() == before
 
 
-def test_no_recall_is_none_to_seal_by(tmp_path: Path, capsys) -> None:
+def test_an_index_without_a_measurable_recall_is_not_sealed(tmp_path: Path, capsys) -> None:
     _pictures(tmp_path / "in")
     common = ["--root", str(tmp_path / "root"), "--local"]
     assert _shard(tmp_path) == 0 and main(["embed", "some", *common]) == 0
@@ -274,14 +274,14 @@ def test_a_damaged_manifest_is_a_fault(tmp_path: Path, capsys) -> None:
         assert "Traceback" not in capsys.readouterr().err
 
 
-def test_nothing_usable_is_a_failure(tmp_path: Path, capsys) -> None:
+def test_a_source_without_a_usable_image_is_a_failure(tmp_path: Path, capsys) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "words.png").write_text("no picture")
     assert _shard(tmp_path) == 1
     assert "no image of " in capsys.readouterr().err
 
 
-def test_a_dead_store_is_a_sentence_and_exit_1(tmp_path: Path) -> None:
+def test_an_unreachable_store_is_a_sentence_and_exit_1(tmp_path: Path) -> None:
     with socket.socket() as bound_socket:
         bound_socket.bind(("127.0.0.1", 0))
         port = bound_socket.getsockname()[1]
@@ -293,7 +293,7 @@ def test_a_dead_store_is_a_sentence_and_exit_1(tmp_path: Path) -> None:
     assert process.returncode == 1 and "error: cannot " in process.stderr and "Traceback" not in process.stderr
 
 
-def test_no_cluster_at_the_address_is_said(tmp_path: Path) -> None:
+def test_an_address_without_a_cluster_is_named(tmp_path: Path) -> None:
     _pictures(tmp_path / "in")
     process = subprocess.run([sys.executable, "-m", "jobs", "shard", "some", "--root", str(tmp_path / "root"),
                               "--source", str(tmp_path / "in")], capture_output=True, text=True, timeout=200,
@@ -301,7 +301,7 @@ def test_no_cluster_at_the_address_is_said(tmp_path: Path) -> None:
     assert process.returncode == 2 and "no Ray cluster answers" in process.stderr and "Traceback" not in process.stderr
 
 
-def test_whoever_reads_may_stop() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     for words, unbuffered in itertools.product((["plan", "--json"], ["status", "--help"], ["--help"]), ("", "1")):
         process = subprocess.Popen([sys.executable, "-m", "jobs", *words], stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
@@ -311,13 +311,13 @@ def test_whoever_reads_may_stop() -> None:
         assert (process.wait(60), said) == (0, []), words
 
 
-def test_a_verb_without_its_words_gives_an_example(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_verb_without_its_arguments_prints_an_example(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     with pytest.raises(SystemExit, match="2"):
         parse_command(["init"])
     assert "for example: python -m jobs init photographs settings.toml" in caplog.text
 
 
-def test_several_prompts_are_several_words() -> None:
+def test_each_prompt_is_one_argument() -> None:
     _, options = parse_command(["sample", "a rocket", "a flower", "--database", "art"])
     assert (options.run, options.words) == ("a rocket", ("a flower",))

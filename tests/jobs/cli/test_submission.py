@@ -45,12 +45,12 @@ def test_the_old_spelling_of_overwrite_names_the_same_job() -> None:
     assert old.words[-1] == "--rebuild"  # nodes with an earlier version of the code know only this one
 
 
-def test_a_shell_gives_the_words_back() -> None:
+def test_the_entrypoint_is_quoted_for_a_shell() -> None:
     words = ("sample", "run", "--prompt", "it's a \"red\" $HOME; rm *", "--database", "x y", "--root", ROOT)
     assert shlex.split(_entrypoint(_submission(*words))) == ["python", "-m", "jobs", *words]
 
 
-def test_no_secret_goes_along(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_submit_sends_no_secret(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     for name in [name for name in os.environ if name.startswith(("AWS_", "WANDB_", "RDM_"))]:
         monkeypatch.delenv(name)
     for name, value in {"AWS_ACCESS_KEY_ID": "AKIA", "AWS_SECRET_ACCESS_KEY": "hidden", "AWS_SESSION_TOKEN": "hidden",
@@ -70,7 +70,7 @@ def test_no_secret_goes_along(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
         _submission("embed", "noto", "--root", ROOT, own=("--env", "HF_TOKEN"))
 
 
-def test_keys_of_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submit_sends_public_keys_of_releases_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     private, public = tmp_path / "key", tmp_path / "key.pub"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", private], check=True)
     monkeypatch.setenv("RDM_RELEASE_KEY", str(public))
@@ -101,8 +101,8 @@ def test_keys_of_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         _submission(*words, own=own)
 
 
-def test_only_named_variables_go_along_whatever_their_case(monkeypatch: pytest.MonkeyPatch,
-                                                           caplog: pytest.LogCaptureFixture) -> None:
+def test_submit_sends_only_named_variables_in_any_case(monkeypatch: pytest.MonkeyPatch,
+                                                       caplog: pytest.LogCaptureFixture) -> None:
     for name in [name for name in os.environ if name.casefold().startswith(("aws_", "wandb_", "rdm_"))]:
         monkeypatch.delenv(name)
     for name, value in {"AWS_REGION": "eu", "WANDB_NOTES": "hidden", "AWS_LAMBDA_RUNTIME_API": "hidden",
@@ -147,7 +147,7 @@ def test_urls_with_credentials_are_not_submitted(url: str, tmp_path: Path) -> No
     (["--env", "NOT_SET", "status", "--root", ROOT], "NOT_SET: is not set here"),
     (["--address", "http://127.0.0.1:1", "status", "--root", ROOT], "no job server answers at http://127.0.0.1:1"),
 ])
-def test_misuse_is_found_before_anything_is_submitted(words: list[str], sentence: str, monkeypatch, capsys) -> None:
+def test_invalid_usage_is_found_before_submission(words: list[str], sentence: str, monkeypatch, capsys) -> None:
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     monkeypatch.setattr(os, "environ", os.environ.copy())
     assert main(["submit", *words]) == 2
@@ -155,7 +155,7 @@ def test_misuse_is_found_before_anything_is_submitted(words: list[str], sentence
     assert sentence in error and "secret@" not in error
 
 
-def test_a_job_looks_for_its_secrets_first(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
+def test_a_job_without_its_secrets_is_invalid_usage(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
     monkeypatch.setenv("RDM_NEEDS", "SOME_SECRET")
     monkeypatch.delenv("SOME_SECRET", raising=False)
     assert main(["status", "--root", str(tmp_path)]) == 2
@@ -164,7 +164,7 @@ def test_a_job_looks_for_its_secrets_first(monkeypatch: pytest.MonkeyPatch, caps
     assert main(["status", "--root", str(tmp_path)]) == 0
 
 
-def test_a_pipeline_dry_run_tells_what_waits_for_what(tmp_path: Path, drawn_pictures: Path, capsys) -> None:
+def test_a_dry_run_of_a_pipeline_prints_dependencies(tmp_path: Path, drawn_pictures: Path, capsys) -> None:
     pipeline = ["pipeline", "some", "--source", str(drawn_pictures), "--captions", str(drawn_pictures / "flat.csv"),
                 "--only-captioned", "--root", str(tmp_path), "--local"]
     assert main([*pipeline, "--train", "run", "--dry-run"]) == 0

@@ -26,7 +26,7 @@ from pipeline.stages.manifest import code_revision, read_manifest, without_run_f
 REPOSITORY = Path(__file__).parents[3]
 
 
-def test_a_signal_that_is_held_comes_at_the_end_and_only_then() -> None:
+def test_a_held_signal_arrives_at_the_end_of_the_block() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         before, reached = signal.getsignal(signal.SIGINT), False
         with pytest.raises(KeyboardInterrupt), interrupts.defer_interrupts():
@@ -105,7 +105,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 @pytest.mark.ray
-def test_the_verbs_own_exit_code_comes_back(machine: Machine, tmp_path: Path) -> None:
+def test_submit_returns_the_exit_code_of_the_verb(machine: Machine, tmp_path: Path) -> None:
     misused = machine.start("--wait", "--retries", "3", "verify", "--root", tmp_path)
     code, summary, log = machine.submit("--wait", "status", "--root", tmp_path, "--json")
     assert (code, summary["status"], summary["exit_code"], summary["attempt"]) == (0, "SUCCEEDED", 0, 1), log
@@ -153,8 +153,7 @@ def _undisturbed(tmp_path: Path, work: list[str]) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_stopped_job_goes_on_as_the_next_attempt_and_the_same_one_is_joined(machine: Machine, work: list[str],
-                                                                              tmp_path: Path) -> None:
+def test_a_stopped_job_resumes_and_a_running_one_is_joined(machine: Machine, work: list[str], tmp_path: Path) -> None:
     waiting = machine.start("--wait", "--retries", "2", *work)
     _until_records(tmp_path / "root", 3)
     code, joined, log = machine.submit(*work, "--workers", "2")  # elsewhere, but the same work
@@ -174,7 +173,7 @@ def test_a_stopped_job_goes_on_as_the_next_attempt_and_the_same_one_is_joined(ma
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_driver_or_a_cluster_that_is_lost_is_tried_again(machine: Machine, work: list[str], tmp_path: Path) -> None:
+def test_a_lost_driver_or_cluster_is_retried(machine: Machine, work: list[str], tmp_path: Path) -> None:
     waiting = machine.start("--wait", "--retries", "2", *work)
     drivers = []
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -261,8 +260,8 @@ def _driver(work: list[str], before: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_pipeline_as_a_job_with_settings_of_this_machine(machine: Machine, tmp_path: Path,
-                                                           drawn_pictures: Path) -> None:
+def test_a_pipeline_is_submitted_with_the_settings_of_this_machine(machine: Machine, tmp_path: Path,
+                                                                   drawn_pictures: Path) -> None:
     (tmp_path / "mine.toml").write_text('[train]\nsteps = 3\nglobal_batch = 8\nprecision = "fp32"\nimage_size = 16\n'
                                         "[train.unet]\nmodel_channels = 32\n")
     words = ["pipeline", "some", "--source", drawn_pictures, "--captions", drawn_pictures / "train.csv",
@@ -280,8 +279,8 @@ def test_a_pipeline_as_a_job_with_settings_of_this_machine(machine: Machine, tmp
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("cluster_of", ["its own", "the machine's"])
-def test_sigterm_at_any_moment_of_a_start_ends_with_130(cluster_of: str, request: pytest.FixtureRequest,
-                                                        tmp_path: Path, work: list[str]) -> None:
+def test_sigterm_at_any_moment_of_the_start_ends_with_130(cluster_of: str, request: pytest.FixtureRequest,
+                                                          tmp_path: Path, work: list[str]) -> None:
     environment = dict(os.environ)
     if cluster_of != "its own":
         environment = request.getfixturevalue("machine").environment

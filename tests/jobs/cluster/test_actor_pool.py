@@ -164,7 +164,7 @@ def test_a_killed_node_costs_nothing(cluster, start_pool, tmp_path: Path) -> Non
     assert _has_result(manifest, _undisturbed_result(tmp_path, config))
 
 
-def test_a_failed_item_is_tried_again_elsewhere(cluster, start_pool, tmp_path: Path) -> None:
+def test_a_failed_item_is_retried_on_another_worker(cluster, start_pool, tmp_path: Path) -> None:
     config, diary = SlowConfig(items=6, seconds=0.1, bad="000002"), tmp_path / "diary.txt"
     manifest = run_stage(Slow(str(tmp_path / "root"), config, diary), start_pool(2))
     pids = [line.split()[1] for line in diary.read_text().splitlines() if line.startswith("000002")]
@@ -185,7 +185,7 @@ def test_an_item_that_kills_its_workers_does_not_stop_the_rest(cluster, start_po
         read_manifest(stage.folder, "python -m jobs slow")
 
 
-def test_items_that_are_taken_together_fail_alone_and_are_given_to_others_alone(
+def test_items_of_a_group_fail_and_are_retried_alone(
         cluster, start_pool, tmp_path: Path) -> None:
     config, diary = SlowConfig(items=8, seconds=0.05, bad="000001", deadly="000006", together=4), tmp_path / "diary.txt"
     manifest = run_stage(Slow(str(tmp_path / "root"), config, diary), start_pool(2))
@@ -222,7 +222,7 @@ def json_logging() -> Iterator[None]:
     logs.configure_logging("text")
 
 
-def test_workers_speak_as_their_driver_does(cluster, start_pool, tmp_path: Path, json_logging: None) -> None:
+def test_workers_log_in_the_format_of_their_driver(cluster, start_pool, tmp_path: Path, json_logging: None) -> None:
     import ray
 
     run_stage(Talking(str(tmp_path / "root")), start_pool(1))

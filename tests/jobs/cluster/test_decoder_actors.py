@@ -79,7 +79,7 @@ def _files(dataset: Dataset) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("all_die", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_decoders_elsewhere_give_the_same_bytes_and_may_die(all_die, gpu_node, tmp_path, drawn_pictures) -> None:
+def test_remote_decoders_give_the_same_bytes_even_if_they_die(all_die, gpu_node, tmp_path, drawn_pictures) -> None:
     local_dataset, remote_dataset = (_shards(tmp_path / name, drawn_pictures) for name in ("alone", "lent"))
     expected = without_run_facts(run_stage(Embed(local_dataset, EmbedConfig(batch_size=8))))
     pool = Pool(ClusterConfig(workers=1, gpus=1, decoders=2))
@@ -111,7 +111,7 @@ def _ping_after_restart(handle: Any) -> tuple[int, str]:
     raise AssertionError("the decoder is not started again")
 
 
-def test_a_worker_asks_a_bounded_number_and_only_those_that_answer(cluster) -> None:
+def test_a_worker_uses_a_bounded_number_of_decoders_that_answer(cluster) -> None:
     handles = decoder_actors.start_decoders(3)
     try:
         decoders = Decoders(handles, workers=2)

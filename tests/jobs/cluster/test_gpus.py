@@ -45,7 +45,7 @@ def _commands(root: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("verb", ["embed", "neighbors", "train"])
-def test_a_reserved_gpu_that_is_not_there_is_an_error_with_torchs_reason(root: str, verb: str, capsys: Any) -> None:
+def test_a_missing_reserved_gpu_is_an_error_with_the_reason_of_torch(root: str, verb: str, capsys: Any) -> None:
     assert main([*_commands(root)[verb], "--gpus", "1"]) == 1
     error = capsys.readouterr().err
     assert "a GPU was reserved" in error and "CUDA_VISIBLE_DEVICES is" in error and "hint: " in error
@@ -103,7 +103,7 @@ def test_a_network_that_does_not_fit_the_gpu_has_another_hint_than_a_batch(root:
     assert FULL in error and "hint: --fsdp" in error and "Traceback" not in error
 
 
-def test_zero_gpus_is_the_cpu_although_there_is_one(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+def test_zero_gpus_means_the_cpu_even_if_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     import torch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
@@ -146,7 +146,7 @@ def test_a_lost_device_ends_a_process_and_costs_no_other_item(tmp_path: Path, si
     assert not Path(tmp_path, "lost/failures").exists()
 
 
-def test_a_slice_of_a_gpu_is_named_once(caplog: Any) -> None:
+def test_a_gpu_slice_is_named_once(caplog: Any) -> None:
     devices._mention_slice.cache_clear()
     with caplog.at_level("WARNING"):
         for _ in range(2):
@@ -155,7 +155,7 @@ def test_a_slice_of_a_gpu_is_named_once(caplog: Any) -> None:
     assert len(caplog.records) == 1 and "is a slice of a GPU" in caplog.text
 
 
-def test_what_was_reserved_ends_with_its_block() -> None:
+def test_a_reservation_ends_with_its_block() -> None:
     before = devices.reserved_device()
     with devices.reserve_temporarily("cuda"):
         assert devices.reserved_device() == "cuda" and os.environ["RDM_DEVICE"] == "cuda"
@@ -196,13 +196,14 @@ def test_workers_of_embed_share_a_gpu_and_those_of_index_take_several(root: str)
 
 @pytest.mark.parametrize(("verb", "count"), [("embed", "2"), ("neighbors", "2"), ("train", "2"), ("train", "0.5")])
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
-def test_they_are_refused_without_ray_too(root: str, verb: str, count: str, dry: list[str], capsys: Any) -> None:
+def test_gpus_that_cannot_be_used_are_refused_without_ray_too(root: str, verb: str, count: str, dry: list[str],
+                                                              capsys: Any) -> None:
     before = sorted(Path(root).rglob("*"))
     assert main([*_commands(root)[verb], "--gpus", count, *dry]) == 2
     assert f"--gpus {count}" in capsys.readouterr().err and sorted(Path(root).rglob("*")) == before
 
 
-def test_no_plan_is_left_by_a_gpu_that_is_not_there(root: str) -> None:
+def test_a_missing_gpu_leaves_no_plan(root: str) -> None:
     """A plan would refuse other settings afterwards."""
     for command in (["embed", "drawn@v2"], ["neighbors", "drawn", "--method", "exact", "--k", "3", "--overwrite"],
                     ["train", "run", "--dataset", "drawn", "--steps", "2"]):
@@ -220,7 +221,7 @@ def test_the_environment_names_the_device_where_no_flag_does(root: str, monkeypa
     assert main([*_commands(root)["embed"], "--gpus", "0"]) == 0
 
 
-def test_a_dry_run_refuses_them_too(root: str, capsys: Any) -> None:
+def test_a_dry_run_refuses_gpus_that_cannot_be_used(root: str, capsys: Any) -> None:
     assert main(["embed", "drawn@v2", "--root", root, "--gpus", "2", "--dry-run"]) == 2
     assert "computes on 1 GPU" in capsys.readouterr().err
 
@@ -291,8 +292,8 @@ def test_every_record_of_a_worker_names_its_precision(cluster: Any, root: str) -
 
 
 @pytest.mark.ray
-def test_a_cluster_of_this_command_alone_without_a_gpu_is_an_error_at_once(cluster: Any, root: str, caplog: Any,
-                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_cluster_without_the_gpu_is_an_error_immediately(cluster: Any, root: str, caplog: Any,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     clusters.connect()
     embed = Embed(Dataset.parse(root, "drawn"), EmbedConfig())
     clusters.check_gpus_exist(embed, ClusterConfig(gpus=1))
@@ -303,7 +304,7 @@ def test_a_cluster_of_this_command_alone_without_a_gpu_is_an_error_at_once(clust
     clusters.check_gpus_exist(embed, ClusterConfig(gpus=0))
 
 
-def test_a_slice_of_a_gpu_has_its_share_of_the_rate() -> None:
+def test_a_gpu_slice_has_its_share_of_the_rate() -> None:
     whole = flops.peak("NVIDIA H100 80GB HBM3")
     assert whole and flops.peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb") == whole / 7
     assert flops.peak("NVIDIA H100 80GB HBM3 MIG 3g.40gb") == whole * 3 / 7

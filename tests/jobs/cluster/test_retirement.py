@@ -55,7 +55,7 @@ def test_a_device_that_breaks_after_it_worked_gets_one_new_worker() -> None:
     assert blame.failed(new, make_task(1), CUDA) and blame.broken(old.place)
 
 
-def test_a_device_that_works_in_between_is_given_up_the_third_time() -> None:
+def test_a_device_that_works_in_between_is_abandoned_the_third_time() -> None:
     blame = Blame(4)
     for number in range(3):
         worker = make_worker(finished=0)
@@ -108,7 +108,7 @@ def test_a_worker_that_finishes_something_in_between_is_kept() -> None:
         assert list(blame.finished(good, task, 1)) == []
 
 
-def test_items_that_fail_everywhere_retire_nobody() -> None:
+def test_items_that_fail_everywhere_retire_no_worker() -> None:
     blame, workers = Blame(3), [make_worker(number) for number in range(3)]
     for failure in (DISK, MEMORY):
         for number in range(3):
@@ -127,7 +127,7 @@ def test_out_of_memory_twice_in_a_row_retires_a_worker_once_others_finish_an_ite
     assert retired is full and reason.startswith(devices.describe_failure("out of memory"))
 
 
-def test_failures_on_workers_that_finish_nothing_count_only_if_nobody_finishes_anything() -> None:
+def test_failures_on_idle_workers_count_only_if_no_worker_finishes_an_item() -> None:
     blame, item, fresh_workers = Blame(4), make_task(0), [make_worker(number, finished=0) for number in range(3)]
     for worker in fresh_workers:
         blame.failed(worker, item, DISK)
@@ -323,8 +323,8 @@ def test_a_device_that_fails_items_taken_together_retires_its_worker(cluster: An
 
 
 @pytest.mark.ray
-def test_items_that_fail_everywhere_fail_on_three_workers_and_retire_nobody(cluster: Any, start_pool: Any,
-                                                                            tmp_path: Path, caplog: Any) -> None:
+def test_items_that_fail_everywhere_fail_on_three_workers_and_retire_none(cluster: Any, start_pool: Any, tmp_path: Path,
+                                                                          caplog: Any) -> None:
     bad = ("000050", "000051", "000052")  # when every worker has finished something
     stage = Faulty(str(tmp_path / "root"), FaultyConfig(80, 0.1, bad=bad), tmp_path / "notes")
     with pytest.raises(StageFailed, match=r"3 of 80 items failed.*no worker can do this"):
@@ -349,8 +349,9 @@ def test_an_item_that_breaks_every_device_fails_and_the_others_are_finished(clus
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_only_broken_places_end_the_stage_and_the_same_command_resumes(cluster: Any, start_pool: Any, tmp_path: Path,
-                                                                       monkeypatch: Any, caplog: Any) -> None:
+def test_a_stage_with_only_broken_places_ends_and_the_same_command_resumes(cluster: Any, start_pool: Any,
+                                                                           tmp_path: Path, monkeypatch: Any,
+                                                                           caplog: Any) -> None:
     import ray
     connect.connect()
     monkeypatch.setattr(actor_pool, "BROKEN_TIMEOUT_S", 1.0)
@@ -371,8 +372,8 @@ def test_only_broken_places_end_the_stage_and_the_same_command_resumes(cluster: 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_broken_gpu_is_held_and_the_others_of_its_node_go_on(cluster: Any, start_pool: Any, tmp_path: Path,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_gpu_is_held_and_the_others_of_its_node_continue(cluster: Any, start_pool: Any, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray reserves GPUs by number whether there are any or not."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # the tests hide GPUs
     node = cluster.add_node(num_cpus=4, num_gpus=3, object_store_memory=100 << 20)

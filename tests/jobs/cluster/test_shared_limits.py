@@ -102,7 +102,7 @@ def test_a_pause_holds_for_all_clients(cluster: Any) -> None:
     asyncio.run(both())
 
 
-def test_a_late_answer_shifts_no_times() -> None:
+def test_a_late_answer_does_not_shift_the_clock() -> None:
     from jobs.cluster.shared_limits import _Clock
     clock = _Clock()
     assert clock.shift("a", 10.0, 110.5) == 100.5
@@ -111,7 +111,7 @@ def test_a_late_answer_shifts_no_times() -> None:
     assert clock.shift("another life of the actor", 1.0, 116.0) == 115.0
 
 
-def test_without_the_actor_workers_keep_to_their_shares_and_find_it_again(
+def test_workers_keep_their_shares_without_the_actor_and_reconnect(
         cluster: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     import ray
 

@@ -30,7 +30,7 @@ def file(request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureF
     return path
 
 
-def test_a_file_sets_what_it_shows(file: Path) -> None:
+def test_a_starter_file_sets_the_values_that_it_shows(file: Path) -> None:
     text = file.read_text()
     starter = next(starter for starter in STARTERS.values() if f"# {starter.summary.split('.')[0]}" in text)
     settings = resolve_settings("", str(file))
@@ -46,7 +46,7 @@ def test_a_file_sets_what_it_shows(file: Path) -> None:
     assert replace(settings, **{name: getattr(recipe, name) for name in starter.sections}) == recipe, others
 
 
-def test_every_comment_of_a_setting_is_its_value(file: Path) -> None:
+def test_every_commented_setting_has_its_default_value(file: Path) -> None:
     text = file.read_text()
     file.write_text(re.sub(r"^#(?=\w+ = )", "", text, flags=re.MULTILINE))
     assert file.read_text().count("\n") == text.count("\n") and file.read_text() != text
@@ -57,7 +57,7 @@ def test_every_comment_of_a_setting_is_its_value(file: Path) -> None:
     assert all(len(line) <= 102 for line in text.splitlines() if re.match("# (?! )", line))
 
 
-def test_every_verb_takes_the_file(file: Path) -> None:
+def test_every_verb_accepts_the_file(file: Path) -> None:
     for verb in _WITH_SETTINGS:
         words = shlex.split(load_verb(verb)[0].examples[0])  # type: ignore[attr-defined]
         words = words[:words.index("--recipe")] if "--recipe" in words else words

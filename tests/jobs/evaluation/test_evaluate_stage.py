@@ -41,7 +41,7 @@ def test_held_out_subjects_are_those_that_training_does_not_have(trained_root: P
     assert len(rows) == len(held_out)
 
 
-def test_everything_is_measured_and_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_is_measured_and_reported(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _evaluate(root, "--name", "here") == 0
     table = capsys.readouterr().out
     assert all(name in table for name in summary.NAMES.values()) and "k = 1" in table and "guidance = 1.5" in table
@@ -76,7 +76,7 @@ def test_everything_is_measured_and_said(root: Path, capsys: pytest.CaptureFixtu
     assert all(name in part for name in summary.NAMES.values()) and part.count("data:image/webp") == 3
 
 
-def test_neighbours_are_of_the_style_and_never_the_subject_itself(root: Path) -> None:
+def test_neighbors_have_the_style_and_not_the_subject(root: Path) -> None:
     assert _evaluate(root, "--name", "without") == 0 and _evaluate(root, "--name", "with", "--seen") == 0
     unseen = frozenset(held_out_captions(Dataset.parse(str(root), "drawn"),
                                 [Dataset.parse(str(root), style) for style in STYLES]))
@@ -95,7 +95,7 @@ def test_neighbours_are_of_the_style_and_never_the_subject_itself(root: Path) ->
     assert unseen_neighbors
 
 
-def test_neighbours_alone_are_drawn_from_without_the_text(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_by_neighbors_alone_ignore_the_text(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _evaluate(root, "--name", "alone", "--no-text") == 0
     document = json.loads((root / "runs/small/evaluations/alone/evaluation.json").read_text())
     assert "text" not in {row["way"] for row in document["ways"]}
@@ -105,7 +105,7 @@ def test_neighbours_alone_are_drawn_from_without_the_text(root: Path, capsys: py
     assert "sample.k = 0: must be at least 1 with sample.text = False" in " ".join(capsys.readouterr().err.split())
 
 
-def test_what_is_not_asked_is_not_drawn(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_requested_ways_are_generated(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _evaluate(root, "--name", "here", "--ways", "database", "--sweep-k", "--sweep-guidance") == 0
     folder = root / "runs/small/evaluations/here"
     assert [row["way"] for row in json.loads((folder / "evaluation.json").read_text())["ways"]] == ["database"]
@@ -141,9 +141,9 @@ def test_neither_the_number_of_workers_nor_a_second_run_changes_anything(root: P
     (("--checkpoint", "7"), STYLES, "7"),
     ((), ("flat", "nowhere"), "nowhere"),
 ])
-def test_what_cannot_be_evaluated_is_refused_in_words(root: Path, capsys: pytest.CaptureFixture[str],
-                                                      flags: Sequence[str], databases: Sequence[str], message: str
-                                                      ) -> None:
+def test_impossible_evaluations_are_refused_with_a_clear_message(root: Path, capsys: pytest.CaptureFixture[str],
+                                                                 flags: Sequence[str], databases: Sequence[str],
+                                                                 message: str ) -> None:
     with contextlib.suppress(SystemExit):  # flags that are wrong by themselves end in the parser
         assert _evaluate(root, *flags, databases=databases) == 2
     assert message in capsys.readouterr().err
@@ -157,7 +157,7 @@ def test_a_database_without_unseen_subjects_needs_prompts(root: Path, capsys: py
     assert "--prompt" in capsys.readouterr().err
 
 
-def test_an_interval_is_that_of_prompts_and_not_of_pictures() -> None:
+def test_an_interval_covers_prompts_and_not_images() -> None:
     rng = np.random.default_rng(0)
     by_prompt = np.repeat(rng.integers(2, size=(100, 1)), 50, 1).astype(float)  # all images of a prompt alike
     wide = summary.interval(by_prompt)

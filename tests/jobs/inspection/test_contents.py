@@ -37,7 +37,7 @@ def _printed(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def test_ls_sums_up_what_status_knows(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_sums_up_the_states_of_status(root: str, capsys: pytest.CaptureFixture[str]) -> None:
     states = {state["path"]: state for state in read_status(root)}
     entries = {entry["path"]: entry for entry in _printed(capsys, "ls", "--root", root)}
     assert set(entries) == {"datasets/drawn/v1", "datasets/flat/v1", "datasets/hatched/v1", "datasets/outline/v1",
@@ -57,7 +57,7 @@ def test_parameters_of_an_imported_run_are_no_rows(tmp_path: Path) -> None:
     assert "4191280 parameters" in status_table(str(tmp_path), read_status(str(tmp_path)))
 
 
-def test_ls_tells_what_is_stale_damaged_or_unfinished(root: str) -> None:
+def test_ls_names_stale_damaged_and_unfinished_folders(root: str) -> None:
     folder = Path(root, "datasets")
     (folder / "flat/v1/embeddings/manifest.json").unlink()
     (folder / "outline/v1/index/manifest.json").write_bytes(b"{")
@@ -83,13 +83,13 @@ def test_ls_of_a_dataset_has_the_files_of_each_stage(root: str, capsys: pytest.C
 @pytest.mark.parametrize(("text", "path"), [
     ("mine", "datasets/mine"), ("mine@v2", "datasets/mine/v2"), ("runs/a/", "runs/a"), ("/r/runs/a/samples/b",
                                                                                        "runs/a/samples/b")])
-def test_targets(text: str, path: str) -> None:
+def test_a_target_names_a_path(text: str, path: str) -> None:
     assert target_path("/r", text) == path
 
 
 @pytest.mark.parametrize("text", ["..", "../x", "runs", "datasets", "runs/../x", "leases/x", "a\x1b", "", "/o/runs/a",
                                   "runs//a", "a@b@c", "runs/a@b"])
-def test_what_is_no_target(text: str) -> None:
+def test_an_invalid_target_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"is no dataset, run or stage: expected .*\nhint: python -m jobs ls"):
         target_path("/r", text)
 
@@ -101,15 +101,15 @@ def test_a_mistyped_name_is_suggested(root: str, capsys: pytest.CaptureFixture[s
         assert f"hint: {hint}" in capsys.readouterr().err
 
 
-def test_versions_of_a_dataset_that_was_never_published(root: str, capsys: pytest.CaptureFixture[str],
-                                                        caplog: pytest.LogCaptureFixture) -> None:
+def test_versions_of_an_unpublished_dataset_are_listed(root: str, capsys: pytest.CaptureFixture[str],
+                                                       caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     assert main(["versions", "flat", "--root", root]) == 0
     assert capsys.readouterr().out == "v1  not published\n"
     assert f"nothing of flat is published\nhint: python -m jobs rebuild --root {root} flat" in caplog.text
 
 
-def test_show_tells_all_of_a_row(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_everything_about_a_row(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = Dataset(root, "drawn")
     sample = lookup.samples(dataset, [60])[0]
     table = pq.ParquetFile(Path(dataset.folder("shards"), "000001.parquet")).read()
@@ -142,7 +142,7 @@ def test_hidden_and_forgotten_rows_are_shown_as_such(root: str, tmp_path: Path) 
     assert [(row["hidden"], row["forgotten"]) for row in shown] == [(True, False), (True, True), (False, False)]
 
 
-def test_a_row_that_was_left_out_is_shown_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_skipped_row_is_shown_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, root = tmp_path / "source", str(tmp_path / "root")
     source.mkdir()
     synthetic.noise(32, 32, 1).save(source / "good.png")
@@ -160,7 +160,7 @@ def test_a_row_that_was_left_out_is_shown_with_its_reason(tmp_path: Path, capsys
     assert "left out" in row_text(broken) and "animated" in row_text(warned)
 
 
-def test_a_key_of_several_datasets_and_one_of_none(root: str) -> None:
+def test_ambiguous_and_unknown_keys_are_refused(root: str) -> None:
     key = lookup.samples(Dataset(root, "flat"), [0])[0].key
     with pytest.raises(ValueError, match=rf"{key} is in 4 datasets: drawn, flat, hatched, outline\nhint: python -m "
                                          rf"jobs show {key} --dataset drawn"):

@@ -19,8 +19,8 @@ from tests.pipeline import synthetic
     ("/etc/passwd", "embeddings/plan.json is damaged at inputs.shards.path"),
     ("file:///etc/passwd", "embeddings/plan.json is damaged at inputs.shards.path"),
     ("datasets/good/v1/shards/plan.json", "rebuilt since: shards")])
-def test_the_other_datasets_are_listed(tmp_path: Path, path: str, fault: str, capsys: pytest.CaptureFixture[str]
-                                       ) -> None:
+def test_a_damaged_plan_does_not_hide_other_datasets(tmp_path: Path, path: str, fault: str,
+                                                     capsys: pytest.CaptureFixture[str] ) -> None:
     synthetic.drawings(tmp_path / "source")
     root = str(tmp_path / "root")
     run_stage(Shard(Dataset(root, "good"), ShardConfig(source=(str(tmp_path / "source"),), image_size=32)))

@@ -144,7 +144,7 @@ def test_every_query_of_the_dashboard_has_an_answer(watched_run: Any) -> None:
 
 @needs_prometheus
 @pytest.mark.ray
-def test_what_every_alert_compares_has_values(watched_run: Any) -> None:
+def test_every_operand_of_an_alert_has_values(watched_run: Any) -> None:
     rules = yaml.safe_load((prometheus_server.INFRA / "prometheus/rules.yaml").read_text())
     expressions = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
     assert len(expressions) > 8
@@ -157,7 +157,7 @@ def test_what_every_alert_compares_has_values(watched_run: Any) -> None:
 
 @needs_prometheus
 @pytest.mark.ray
-def test_the_numbers_are_those_of_the_run(watched_run: Any) -> None:
+def test_prometheus_has_the_counts_of_the_run(watched_run: Any) -> None:
     server, _, root = watched_run
     def counted_now() -> dict[str, float]:
         return {series["metric"]["stage"]: float(series["value"][1]) for series in server.query(
@@ -189,7 +189,7 @@ def test_the_numbers_are_those_of_the_run(watched_run: Any) -> None:
 @needs_prometheus
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_run_on_ray_train_is_seen(watched_run: Any) -> None:
+def test_prometheus_has_a_run_on_ray_train(watched_run: Any) -> None:
     server, _, root = watched_run
     _train(root, "far", local=False)
     worker = server.query_range('ray_rdm_train_step{run="far"}', time.time() - 120, time.time(), 1.0)

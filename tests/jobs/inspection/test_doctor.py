@@ -18,7 +18,7 @@ _CHECKS = ["packages", "devices", "Ray", "root", "disk", "memory", "clock", "por
 
 
 @pytest.mark.ray
-def test_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_finds_no_fault_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     began = time.monotonic()
     code = main(["doctor", "--root", str(tmp_path / "new"), "--json"])
     assert time.monotonic() - began < 20
@@ -33,7 +33,7 @@ def test_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert shown.splitlines()[1:] == ["disk   failed  full", "disk: make room"]
 
 
-def test_packages_out_of_range() -> None:
+def test_packages_out_of_range_are_named() -> None:
     check = doctor.check_packages(["numpy>=99", "no-such-package>=1", "packaging>=1"], ">=3.8")
     assert check.state == "failed" and "no-such-package is missing" in check.detail and "numpy " in check.detail
     assert check.cure == "pip install 'numpy>=99' 'no-such-package>=1'"
@@ -42,7 +42,7 @@ def test_packages_out_of_range() -> None:
 
 
 @pytest.mark.ray
-def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     check = doctor.check_ray()
     assert check.state == "failed" and "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1" in check.detail
@@ -61,8 +61,8 @@ def test_a_slow_check_is_ended_with_its_children(monkeypatch: pytest.MonkeyPatch
     assert doctor._failure(-1) == "warning" and doctor._failure(1) == "failed"
 
 
-def test_folders_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                     capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_folders_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     check = doctor.check_root(str(tmp_path / "file/root"))
     assert check.state == "failed" and "--root" in check.cure
@@ -72,13 +72,13 @@ def test_folders_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert check.state == "failed" and "is open to other users" in check.detail and "chmod 700" in check.cure
 
 
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_free_bytes", lambda place: 5 << 20 if place == tmp_path else 1 << 40)
     check = doctor.check_disk(str(tmp_path))
     assert check.state == "failed" and check.cure == "--root FOLDER on a larger disk"
 
 
-def test_a_store(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_is_checked(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check = doctor.check_root(f"{s3}/root")
     assert check.state == "ok" and "conditional writes work" in check.detail, check
     assert doctor.check_clock(s3).state == "ok" and "the store" in doctor.check_clock(s3).detail
@@ -105,7 +105,7 @@ def wrong_clock() -> Iterator[str]:
     server.shutdown()
 
 
-def test_a_clock_that_is_wrong(wrong_clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_clock_is_named(wrong_clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", wrong_clock)
     check = doctor.check_clock("s3://bucket/root")
     assert check.state == "failed" and "2 h 00 min behind the store" in check.detail and "timedatectl" in check.cure

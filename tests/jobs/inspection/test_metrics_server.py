@@ -108,7 +108,7 @@ def ends_within(client: socket.socket, seconds: float) -> bool:
     return True
 
 
-def test_formats_names_and_methods(server: Server) -> None:
+def test_the_server_checks_formats_names_and_methods(server: Server) -> None:
     assert server.scrape().headers["Content-Type"].startswith("text/plain; version=")
     answer = server.scrape(Accept="application/openmetrics-text; version=1.0.0")
     assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
@@ -132,7 +132,7 @@ def test_idle_connections_end_and_cost_no_thread(server: Server) -> None:
 
 
 @pytest.mark.parametrize("first", [b"", b"GET /metrics HTTP/1.1\r\nHost: x\r\n", b"GET /"])
-def test_a_request_that_trickles_in_ends(server: Server, first: bytes) -> None:
+def test_a_slow_request_is_ended(server: Server, first: bytes) -> None:
     clients, start = [server.connect(first) for _ in range(20)], time.monotonic()
     ended = set()
     while len(ended) < len(clients) and time.monotonic() - start < 5 * REQUEST_S:
@@ -151,7 +151,7 @@ def test_a_request_that_trickles_in_ends(server: Server, first: bytes) -> None:
     assert len(ended) == len(clients)
 
 
-def test_a_body_that_trickles_in_ends(server: Server) -> None:
+def test_a_slow_body_is_ended(server: Server) -> None:
     client = server.connect(b"GET /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
     start = time.monotonic()
     with contextlib.suppress(ConnectionError):
@@ -190,7 +190,7 @@ def test_huge_and_broken_requests_are_refused(server: Server, request_line: byte
     assert "Traceback" not in log and "aaaa" not in log
 
 
-def test_a_client_that_does_not_read_ends(root: Path) -> None:
+def test_a_client_that_does_not_read_is_disconnected(root: Path) -> None:
     (root / "datasets/some").joinpath("current.json").write_text(
         '{"version": "v1", "content": "", "published": 1, "number": 1, "recall@10": 0.9}')
     server = Server(root, padding=5000)  # the answer is larger than what the kernel keeps for a client

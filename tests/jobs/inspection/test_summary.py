@@ -32,7 +32,7 @@ def _next_words(*about: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", _FOLLOWING)
-def test_the_next_command_is_one_that_the_program_takes(name: str, trained_root: Path) -> None:
+def test_the_program_accepts_the_next_command(name: str, trained_root: Path) -> None:
     path = {"neighbors": "datasets/mine/v2/neighbors/art@v2", "score": "datasets/mine/v2/scores/sharp"}.get(
         name, f"runs/small/{name}/x" if name in {"sample", "evaluate", "train", "convert", "import"} else
         f"datasets/mine/v2/{name}")
@@ -41,7 +41,7 @@ def test_the_next_command_is_one_that_the_program_takes(name: str, trained_root:
     parse_command(words[3:])  # exits if a flag or a word is unknown
 
 
-def test_the_next_command_reads_only_what_is_there(trained_root: Path, tmp_path: Path) -> None:
+def test_the_next_command_reads_only_existing_folders(trained_root: Path, tmp_path: Path) -> None:
     assert _next_words("sample", "runs/small/samples/x", trained_root)[3:] == ["evaluate", "small"]
     assert _next_words("train", "runs/small", trained_root)[-2:] == ["--database", "drawn"]
     root = Path(shutil.copytree(trained_root, tmp_path / "root"))
@@ -62,7 +62,7 @@ def test_after_a_rebuild_a_run_samples_from_the_database(tmp_path: Path) -> None
     parse_command(words[3:])
 
 
-def test_people_get_text_and_programs_json(prepared_root: Path, tmp_path: Path) -> None:
+def test_a_terminal_gets_text_and_a_pipe_gets_json(prepared_root: Path, tmp_path: Path) -> None:
     shutil.copytree(prepared_root, tmp_path / "root")
     command = [sys.executable, "-m", "jobs", "neighbors", "drawn", "--local", "--root", str(tmp_path / "root")]
     seen = run_on_screen(command, 400)
@@ -75,8 +75,8 @@ def test_people_get_text_and_programs_json(prepared_root: Path, tmp_path: Path) 
     assert json.loads(piped)["k"] == 20
 
 
-def test_results_for_people_have_short_numbers_and_lines(monkeypatch: pytest.MonkeyPatch,
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_results_have_short_numbers_and_lines(monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     gates = {"lost": 0.016666666666666666, "overlap@10": 0.9400000000000001, "encoder": "that of every consumer " * 3}
     output.print_document({"published": "v2", "gates": gates}, as_json=False)

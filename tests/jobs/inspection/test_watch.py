@@ -49,7 +49,7 @@ def _start_status(root: str, *arguments: str, **options: Any) -> "subprocess.Pop
                             stderr=subprocess.PIPE, **options)
 
 
-def test_a_look_has_what_is_published_under_way_failed_and_left(root: str) -> None:
+def test_a_snapshot_has_published_running_failed_and_unfinished_stages(root: str) -> None:
     Path(root, "runs/small/manifest.json").unlink()
     storage.put_json({"launch": "", "kind": "FloatingPointError", "message": "step 4: loss nan\nhint", "at": 1.0},
                      Run.parse(root, "small").fault_address)
@@ -71,7 +71,7 @@ def test_a_look_has_what_is_published_under_way_failed_and_left(root: str) -> No
     assert "10/s" in row and "30 of 120 rows" in row and "9 s" in row and "1 cut" in row
 
 
-def test_a_driver_that_is_gone_is_silent(root: str) -> None:
+def test_a_driver_that_ended_is_shown_as_silent(root: str) -> None:
     address = storage.join(root, "datasets/flat/v1/embeddings/progress.json")
     storage.put_json(storage.read_json(address) | {"updated": time.time() - 600}, address)
     stages = {stage["path"]: stage for stage in watch.read_snapshot(root)["stages"]}
@@ -80,7 +80,7 @@ def test_a_driver_that_is_gone_is_silent(root: str) -> None:
     assert "silent for 10 min" in watch.snapshot_text(watch.read_snapshot(root))
 
 
-def test_a_root_that_cannot_be_read_for_a_moment_is_said(root: str, monkeypatch) -> None:
+def test_a_temporarily_unreadable_root_is_named(root: str, monkeypatch) -> None:
     snapshots = watch._snapshots(root, 0.0)
     first = next(snapshots)
 
@@ -94,7 +94,7 @@ def test_a_root_that_cannot_be_read_for_a_moment_is_said(root: str, monkeypatch)
     assert "error" not in next(snapshots)
 
 
-def test_ctrl_c_ends_it_with_0_and_json_is_a_line_each_time(root: str) -> None:
+def test_watch_ends_with_0_on_ctrl_c_and_prints_a_line_of_json_each_time(root: str) -> None:
     process = _start_status(root, "--watch", "--json", stdout=subprocess.PIPE)
     assert process.stdout and process.stderr
     first = json.loads(process.stdout.readline())
@@ -104,7 +104,7 @@ def test_ctrl_c_ends_it_with_0_and_json_is_a_line_each_time(root: str) -> None:
     assert process.wait(20) == 0 and process.stderr.read() == ""
 
 
-def test_on_a_terminal_it_stays_in_place(root: str) -> None:
+def test_watch_redraws_in_place_on_a_terminal(root: str) -> None:
     ours, theirs = pty.openpty()
     process = _start_status(root, "--watch", stdout=theirs, env=os.environ | {"TERM": "xterm", "COLUMNS": "150"})
     os.close(theirs)
@@ -117,14 +117,14 @@ def test_on_a_terminal_it_stays_in_place(root: str) -> None:
 
 
 @pytest.mark.parametrize("more", [(), ("--watch",), ("--json",)])
-def test_a_reader_that_goes_away_is_no_fault(root: str, more: tuple[str, ...]) -> None:
+def test_a_reader_that_leaves_is_no_fault(root: str, more: tuple[str, ...]) -> None:
     process = _start_status(root, *more, stdout=subprocess.PIPE)
     assert process.stdout and process.stderr
     process.stdout.close()  # before anything is written: every write fails
     assert process.wait(30) == 0 and process.stderr.read() == ""
 
 
-def test_prometheus_is_answered_when_nothing_runs(root: str) -> None:
+def test_metrics_are_served_when_nothing_runs(root: str) -> None:
     port = prometheus_server.free_port()
     Path(root, "runs/small/manifest.json").unlink()
     storage.put_json({"launch": "", "kind": "MemoryError", "message": "too large", "at": 1.0},
@@ -174,7 +174,7 @@ def test_a_root_that_cannot_be_read_is_a_metric(root: str, monkeypatch) -> None:
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["--watch", "--serve", "9108"], "these are two commands"), (["--serve", "here"], "'here' is no port"),
     (["--serve", "70000"], "'70000' is no port")])
-def test_misuse_is_a_sentence(arguments: list[str], sentence: str, tmp_path: Path, capsys) -> None:
+def test_invalid_usage_is_a_sentence(arguments: list[str], sentence: str, tmp_path: Path, capsys) -> None:
     assert main(["status", "--root", str(tmp_path), *arguments]) == 2
     assert sentence in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ from pipeline.stages.driver import run_stage
 from tests.pipeline import synthetic
 
 
-def test_the_hint_makes_the_stage_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_hint_rebuilds_the_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, source = str(tmp_path / "root"), str(tmp_path / "source")
     synthetic.drawings(tmp_path / "source")
     run_stage(Shard(Dataset(root, "art"), ShardConfig(source=(source,), image_size=32)))
@@ -36,7 +36,7 @@ def test_the_hint_makes_the_stage_again(tmp_path: Path, capsys: pytest.CaptureFi
     ("runs/small/manifest.json", "train small --dataset DATASET --overwrite"),
     ("runs/small/samples/a/samples.json", "sample small --overwrite"),
     ("pictures/emoji/manifest.json", "demo, after /r/pictures/emoji is removed")])
-def test_the_way_back_of_a_path(path: str, way: str) -> None:
+def test_each_path_has_a_command_that_restores_it(path: str, way: str) -> None:
     assert find_command("/r", path, NO_KEYS) == f"python -m jobs {way}"
 
 

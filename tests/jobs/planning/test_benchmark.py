@@ -43,8 +43,8 @@ def plan(tmp_path: Path) -> list[str]:
             "--seconds", "0.2", "--measure", str(tmp_path / "rates.json")]
 
 
-def test_what_a_trial_measured_is_what_plan_takes(plan: list[str], drawn_pictures: Path, tmp_path: Path,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_uses_the_rates_of_a_trial(plan: list[str], drawn_pictures: Path, tmp_path: Path,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*plan, "--local", "--source", str(drawn_pictures)]) == 0
     output = capsys.readouterr().out
     known, base = rates.read(str(tmp_path / "rates.json")), rates.built_in()
@@ -64,7 +64,7 @@ def test_what_a_trial_measured_is_what_plan_takes(plan: list[str], drawn_picture
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_workers_measure_pictures_that_they_draw_on_s3(plan: list[str], s3: str, tmp_path: Path) -> None:
+def test_ray_workers_measure_synthetic_images_on_s3(plan: list[str], s3: str, tmp_path: Path) -> None:
     # The shared cluster's workers do not know the store, so this command starts a new cluster.
     completed = subprocess.run([sys.executable, "-m", "jobs", *plan, "--root", f"{s3}/root", "--measure-workers", "2",
                                 "--seconds", "1"], capture_output=True, text=True, timeout=300,
@@ -76,7 +76,7 @@ def test_ray_workers_measure_pictures_that_they_draw_on_s3(plan: list[str], s3: 
 
 
 @pytest.mark.slow
-def test_steps_take_what_training_takes(prepared_root: Path, tmp_path: Path) -> None:
+def test_measured_steps_are_steps_of_training(prepared_root: Path, tmp_path: Path) -> None:
     config = replace(recipes.tiny(), steps=60, global_batch=16, log_every=10, precision="fp32", validate_every=0)
     dataset = Dataset.parse(str(prepared_root), "drawn")
     run = Run.parse(str(tmp_path), "run")
@@ -108,8 +108,9 @@ def test_a_network_that_does_not_fit_is_made_narrower(tmp_path: Path, monkeypatc
     (["--memory", "0"], "--memory 0: a worker keeps some of a database"),
     (["--source", "nowhere"], "nowhere"),
 ])
-def test_what_cannot_be_measured_is_refused_before(plan: list[str], flags: list[str], sentence: str, tmp_path: Path,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_measurements_are_refused_before_they_start(plan: list[str], flags: list[str], sentence: str,
+                                                               tmp_path: Path,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code: object = main([*plan, "--local", *flags])
     except SystemExit as stopped:  # refused while the command line is read
@@ -118,8 +119,8 @@ def test_what_cannot_be_measured_is_refused_before(plan: list[str], flags: list[
     assert sentence in capsys.readouterr().err and not (tmp_path / "rates.json").exists()
 
 
-def test_a_dry_run_says_where_and_does_nothing(plan: list[str], tmp_path: Path,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_the_place_and_does_nothing(plan: list[str], tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*plan, "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out)["folder"].startswith(f"{tmp_path}/root/trial/")
     assert not (tmp_path / "root").exists()

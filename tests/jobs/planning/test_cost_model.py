@@ -29,7 +29,7 @@ from tests.jobs.planning.planned_run import NETWORK, SETTINGS, costs_by_stage, m
 from tests.pipeline import synthetic
 
 
-def test_the_run_that_the_rates_are_of_is_foretold_as_it_was(planned_root: Path, known: Rates):
+def test_the_estimate_of_the_measured_run_is_exact(planned_root: Path, known: Rates):
     costs, dataset = costs_by_stage(make_build(), known), Dataset.parse(str(planned_root), "drawn")
     folders = {"shard": "shards", "embed": "embeddings", "index": "index", "neighbors, index": "neighbors/drawn",
                "neighbors, exact": "neighbors/twin"}
@@ -46,7 +46,7 @@ def test_the_run_that_the_rates_are_of_is_foretold_as_it_was(planned_root: Path,
     assert known.defaults == ("storage",)
 
 
-def test_neighbours_whose_records_have_no_times_are_foretold_as_they_were_too(planned_root: Path, tmp_path: Path):
+def test_the_estimate_is_exact_for_neighbors_without_times_in_their_records(planned_root: Path, tmp_path: Path):
     shutil.copytree(planned_root / "datasets", tmp_path / "datasets")
     for label in ("drawn", "twin"):
         file = tmp_path / f"datasets/drawn/v1/neighbors/{label}/manifest.json"
@@ -66,7 +66,7 @@ def test_neighbours_whose_records_have_no_times_are_foretold_as_they_were_too(pl
         assert max(slower) == pytest.approx(min(slower)), name  # as they would divide elsewhere
 
 
-def test_what_a_stage_reads_is_what_those_before_it_wrote(planned_root: Path, known: Rates):
+def test_a_stage_reads_the_bytes_that_earlier_stages_wrote(planned_root: Path, known: Rates):
     costs, dataset = costs_by_stage(make_build(), known), Dataset.parse(str(planned_root), "drawn")
     tars = sum(file["bytes"] for record in dataset.manifest("shards")["items"] for file in record["files"]
                if file["name"].endswith(".tar"))
@@ -78,7 +78,7 @@ def test_what_a_stage_reads_is_what_those_before_it_wrote(planned_root: Path, kn
     assert costs["neighbors, index"].bytes_read == pytest.approx(2 * vectors + 2 * parquet + index)
 
 
-def test_twice_as_many_pictures_are_twice_the_work(known: Rates):
+def test_twice_as_many_images_are_twice_the_work(known: Rates):
     settings = replace(SETTINGS, neighbors=replace(SETTINGS.neighbors, at_once=1))
     single, double, triple = (costs_by_stage(make_build(count, rows=1000, settings=settings), known)
                               for count in (100_000, 200_000, 300_000))
@@ -94,7 +94,7 @@ def test_twice_as_many_pictures_are_twice_the_work(known: Rates):
         assert double[name].bytes_written == pytest.approx(2 * single[name].bytes_written)
 
 
-def test_exact_neighbours_are_products_choices_and_rows_that_are_read(known: Rates):
+def test_exact_search_costs_products_choices_and_reads(known: Rates):
     def exact_seconds(pictures: int, rows: int) -> float:
         return costs_by_stage(make_build(pictures, rows), known)["neighbors, exact"].worker_seconds
 
@@ -124,14 +124,14 @@ def test_an_index_without_lists_is_searched_like_all_rows(known: Rates):
     assert uncached - cached == pytest.approx(shards * vectors * (1 - (7 / 8) ** 50))
 
 
-def test_shards_and_vectors_of_a_database_of_its_own_are_made_too(known: Rates):
+def test_a_separate_database_needs_shards_and_embeddings_too(known: Rates):
     without_database = costs_by_stage(make_build(3000), known)
     with_database = costs_by_stage(make_build(1000, 2000), known)
     for name in ("shard", "embed"):
         assert with_database[name].worker_seconds == pytest.approx(without_database[name].worker_seconds)
 
 
-def test_workers_share_items_and_wait_for_what_one_does(known: Rates):
+def test_workers_share_items_and_wait_for_single_work(known: Rates):
     one_worker, many_workers = (costs_by_stage(make_build(1000, workers=count), known) for count in (1, 8))
     for name in ("shard", "embed"):
         assert many_workers[name].seconds == pytest.approx(one_worker[name].seconds / 8)
@@ -141,14 +141,14 @@ def test_workers_share_items_and_wait_for_what_one_does(known: Rates):
     assert cost.seconds == 46
 
 
-def test_a_gpu_does_what_its_rates_are_of(known: Rates):
+def test_a_gpu_does_the_stages_with_gpu_rates(known: Rates):
     on_gpus = replace(known, embed=replace(known.embed, gpu=True))
     costs = costs_by_stage(make_build(10_000, workers=50, gpus=3), on_gpus)
     assert costs["embed"].workers == 3 and costs["embed"].gpu and not costs["shard"].gpu
     assert costs["shard"].workers == 50
 
 
-def test_larger_pictures_take_more_of_what_pixels_cost(known: Rates):
+def test_larger_images_cost_more_per_pixel_work(known: Rates):
     pixels = replace(known, shard=replace(known.shard, seconds_per_pixel=1e-6))
     large = replace(SETTINGS, shard=replace(SETTINGS.shard, image_size=64))
     small_costs = costs_by_stage(make_build(1000), pixels)
@@ -160,7 +160,7 @@ def test_larger_pictures_take_more_of_what_pixels_cost(known: Rates):
     assert large_costs["embed"].worker_seconds - small_costs["embed"].worker_seconds == pytest.approx(extra_seconds)
 
 
-def test_storage_may_be_what_a_stage_waits_for(known: Rates):
+def test_slow_storage_bounds_a_stage(known: Rates):
     slow = replace(known, storage=rates.StorageRates(bytes_per_s=1000.0))
     costs = costs_by_stage(make_build(1000), slow)
     cost = costs["shard"]
@@ -168,7 +168,7 @@ def test_storage_may_be_what_a_stage_waits_for(known: Rates):
 
 
 @pytest.mark.parametrize("at_once, searches", [(1, 100), (7, 15), (0, 50)])
-def test_a_database_that_a_worker_cannot_keep_is_read_for_the_shards_searched_together(known: Rates, at_once, searches):
+def test_a_database_beyond_memory_is_read_once_per_group_of_shards(known: Rates, at_once, searches):
     vectors = 1000 * 256 * 2
     together = replace(SETTINGS, neighbors=replace(SETTINGS.neighbors, at_once=at_once))
     cached, uncached = (costs_by_stage(make_build(5000, 1000, settings=together, workers=4, memory=memory), known)
@@ -176,7 +176,7 @@ def test_a_database_that_a_worker_cannot_keep_is_read_for_the_shards_searched_to
     assert uncached - cached == pytest.approx((searches - 4) * vectors)
 
 
-def test_training_goes_by_steps_or_by_epochs(known: Rates):
+def test_training_is_planned_by_steps_or_by_epochs(known: Rates):
     config = SETTINGS.train
     cost = costs_by_stage(make_build(1000, epochs=2), known)["train"]
     network = make_build().network
@@ -196,13 +196,13 @@ def test_training_goes_by_steps_or_by_epochs(known: Rates):
     ("PQ8x4", 2 * 256 * 16 * 16 * 64 * 25, None),
     ("HNSW15", 0, 3000 * 60),
 ])
-def test_the_formulas_of_an_index(key: str, operations: float, compared: float | None):
+def test_the_formulas_of_an_index_hold(key: str, operations: float, compared: float | None):
     assert training_flop(key, 1_000_000, 64, 50_000) == operations
     rows = compared_rows(key, 3000, 1_000_000, NeighborsConfig(checked=10), nprobe=4)
     assert rows == (compared if compared is None else pytest.approx(compared))
 
 
-def test_an_index_in_parts_is_foretold_as_it_was(tmp_path: Path):
+def test_the_estimate_of_an_index_in_parts_is_exact(tmp_path: Path):
     vectors = synthetic.clustered(4000, 16)
     dataset = synthetic.vector_dataset(tmp_path, "some", [vectors[:2000], vectors[2000:]])
     config = IndexConfig(key="IVF16,SQ8", part_memory="100Ki", queries=50)
@@ -224,7 +224,7 @@ def test_an_index_in_parts_is_foretold_as_it_was(tmp_path: Path):
     assert cost.bytes_kept == pytest.approx(dataset.manifest("index")["totals"]["bytes"])
 
 
-def test_the_encoders_cost_what_open_clip_says():
+def test_the_cost_of_encoders_is_that_of_open_clip():
     """Twice the multiply-adds in its table of models (docs/model_profile.csv)."""
     assert clip.flop_per_image(ClipConfig("ViT-B-32-quickgelu", "openai")) == (pytest.approx(8.82e9, rel=0.005), 512)
     assert clip.flop_per_image(ClipConfig("ViT-L-14-quickgelu", "openai")) == (pytest.approx(162.0e9, rel=0.005), 768)
@@ -232,7 +232,7 @@ def test_the_encoders_cost_what_open_clip_says():
         clip.flop_per_image(ClipConfig("RN50", "openai"))
 
 
-def test_the_network_costs_what_its_layers_do():
+def test_the_cost_of_the_network_is_that_of_its_layers():
     import torch
     from torch import nn
 

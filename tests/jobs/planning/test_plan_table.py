@@ -14,7 +14,7 @@ def table(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
 
 
-def test_the_table_names_stages_hours_bytes_and_whose_rates(capsys, planned_root: Path):
+def test_the_table_has_stages_hours_bytes_and_the_source_of_rates(capsys, planned_root: Path):
     assert main(["plan", "--pictures", "1M", "--database-rows", "2M", "--workers", "8"]) == 0
     output = capsys.readouterr().out
     rows = table(output)
@@ -28,7 +28,7 @@ def test_the_table_names_stages_hours_bytes_and_whose_rates(capsys, planned_root
     assert "Rates of shard, embed, index, exact, approximate, train" in output and "Default rates" not in output
 
 
-def test_all_combinations_and_totals(capsys):
+def test_every_combination_has_its_stages_and_totals(capsys):
     flags = ["plan", "--pictures", "1M", "10M", "--database-rows", "0", "2.5M"]
     assert main(flags) == 0
     rows = table(capsys.readouterr().out)
@@ -52,7 +52,7 @@ def test_json_adds_up(capsys):
     assert shard["money"] == pytest.approx(shard["worker_hours"] * 0.1 + shard["kept"] / 1e9 * 0.02, abs=0.006)
 
 
-def test_gpu_hours_stand_apart(capsys, tmp_path: Path):
+def test_gpu_hours_are_separate(capsys, tmp_path: Path):
     (tmp_path / "rates.json").write_text('{"train": {"gpu": true, "flop_per_s": 1e14}}')
     assert main(["plan", "--rates", str(tmp_path / "rates.json"), "--gpus", "3"]) == 0
     rows = {row[0]: row for row in table(capsys.readouterr().out)}
@@ -70,7 +70,7 @@ def test_gpu_hours_stand_apart(capsys, tmp_path: Path):
     (["--rates", "absent.json"], "cannot read the rates absent.json"),
     (["--recipe", "imagenet_400m", "--pictures", "1B", "--database-rows", "0"], "no index of 1000000000 vectors"),
 ])
-def test_misuse_is_a_sentence_and_exit_2(flags: list[str], sentence: str, tmp_path: Path, monkeypatch, capsys):
+def test_invalid_usage_is_a_sentence_and_exit_2(flags: list[str], sentence: str, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     try:
         code = main(["plan", *flags])

@@ -12,7 +12,7 @@ from jobs.planning.cost_model import Cost, Prices
 from jobs.planning.rates import Rates
 
 
-def test_money():
+def test_a_price_has_compute_transfer_and_storage():
     prices = Prices(gpu_hour=2.0, cpu_hour=0.5, gb_month=0.02, gb_moved=0.01, months=3)
     cost = Cost("x", 7200, 4, bytes_read=5e9, bytes_written=2e9, bytes_kept=1e9)
     assert prices.price_of(cost) == pytest.approx(2 * 0.5 + 7 * 0.01 + 3 * 0.02)
@@ -50,7 +50,7 @@ def test_faulty_rates_are_named(text: str, sentence: str, tmp_path: Path):
     assert sentence in str(raised.value)
 
 
-def test_two_sizes_of_pictures_tell_what_a_pixel_takes(planned_root: Path, tmp_path: Path):
+def test_two_image_sizes_give_the_cost_of_a_pixel(planned_root: Path, tmp_path: Path):
     shutil.copytree(planned_root / "datasets", tmp_path / "datasets")
     manifest = tmp_path / "datasets/twin/v1/shards/manifest.json"
     document = json.loads(manifest.read_text())

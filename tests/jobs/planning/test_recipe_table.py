@@ -18,7 +18,7 @@ from pipeline.embeddings.reachable import vector_length
 from tests.pipeline import synthetic
 
 
-def test_recipes_list_what_their_settings_make(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_lists_facts_of_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "--json"]) == 0
     listed = {facts["recipe"]: facts for facts in json.loads(capsys.readouterr().out)}
     assert list(listed) == list(RECIPES)

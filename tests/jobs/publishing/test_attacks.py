@@ -48,7 +48,7 @@ def attack(template: Path, folder: Path, file: str, damage: str) -> list[str]:
 
 
 @pytest.mark.parametrize("file", _FILES)
-def test_the_hints_lead_to_a_whole_root(template: Path, tmp_path: Path, file: str) -> None:
+def test_the_hints_restore_a_damaged_root(template: Path, tmp_path: Path, file: str) -> None:
     faults = []
     for damage in os.environ.get("RDM_ATTACKS", "edited,removed,pipe").split(","):
         try:

@@ -90,7 +90,7 @@ def test_a_store_without_conditions_is_refused(other_store: str, place: Path) ->
 
 
 @pytest.mark.parametrize("other_store", [(True,)], indirect=True)
-def test_a_store_that_does_not_name_the_failed_condition(other_store: str, tmp_path: Path) -> None:
+def test_a_store_may_omit_the_failed_condition(other_store: str, tmp_path: Path) -> None:
     url = f"{other_store}/datasets/x/a"
     assert storage.can_swap(f"{other_store}/datasets/x")
     assert storage.create_bytes(b"1", url) and not storage.create_bytes(b"2", url)
@@ -112,7 +112,7 @@ def test_a_swap_whose_answer_is_lost_has_succeeded(other_store: str) -> None:
     assert not current.require_takedowns(listed | {"requests": 2})
 
 
-def test_on_s3(s3: str, place: Path) -> None:
+def test_publishing_rollback_and_gc_work_on_s3(s3: str, place: Path) -> None:
     root = f"{s3}/root"
     fsspec.filesystem("s3").put(str(place / "source"), f"{s3}/source", recursive=True)
     source = f"{s3}/source"

@@ -35,7 +35,7 @@ def _pin(place: Path, version: str) -> None:
 @pytest.mark.parametrize(("damage", "fault"), [
     ("removed", "the release of drawn@v1 is missing"), ("edited", "is not the one that was published: it was changed"),
     ("zeros", "datasets/drawn/v1/release.json: the release of drawn@v1 is not the one that was published")])
-def test_verify_and_rollback_judge_the_release_of_an_older_version(
+def test_verify_and_rollback_check_the_release_of_an_older_version(
         second: Path, damage: str, fault: str, capsys: pytest.CaptureFixture[str]) -> None:
     root, release = str(second / "root"), _version(second, "v1") / "release.json"
     if damage == "removed":
@@ -57,7 +57,7 @@ def test_verify_and_rollback_judge_the_release_of_an_older_version(
     assert main(["verify", "--root", root]) == 0
 
 
-def test_rollback_tells_what_was_never_published_from_what_is_damaged(
+def test_rollback_distinguishes_unpublished_from_damaged_versions(
         second: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = str(second / "root")
     assert main(["rollback", NAME, "--to", "v9", "--root", root]) == 2
@@ -72,7 +72,7 @@ def test_rollback_tells_what_was_never_published_from_what_is_damaged(
     assert main(["verify", "--quick", "--root", root]) == 0
 
 
-def test_a_part_of_an_older_version_is_missed(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_finds_a_missing_part_of_an_older_version(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (_version(second, "v1") / "index/manifest.json").unlink()
     assert main(["verify", "--quick", "--root", str(second / "root")]) == 1
     assert "datasets/drawn/v1/index: " in capsys.readouterr().out
@@ -90,7 +90,7 @@ def test_the_hint_names_a_version_that_is_whole(third: Path, capsys: pytest.Capt
     assert published_dataset(root).version == "v1"
 
 
-def test_the_hint_is_a_rebuild_where_no_version_is_whole(third: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_hint_is_a_rebuild_if_no_version_is_whole(third: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = str(third / "root")
     for tar in (_version(third, "v1") / "shards").glob("*.tar"):  # all three versions have it
         tar.write_bytes(tar.read_bytes()[:-512])
@@ -100,8 +100,8 @@ def test_the_hint_is_a_rebuild_where_no_version_is_whole(third: Path, capsys: py
     assert rebuild(root, third / "source")["published"] == "v4"
 
 
-def test_a_rollback_that_is_run_again_goes_no_further_back(third: Path, capsys: pytest.CaptureFixture[str],
-                                                           caplog: pytest.LogCaptureFixture) -> None:
+def test_a_repeated_rollback_changes_nothing(third: Path, capsys: pytest.CaptureFixture[str],
+                                             caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     root = str(third / "root")
     assert main(["rollback", NAME, "--root", root]) == 0
@@ -127,7 +127,7 @@ def test_a_rebuild_replaces_a_damaged_version_after_a_rollback(second: Path) -> 
     assert rebuild(root, second / "source")["published"] == "v3"
 
 
-def test_gc_keeps_what_it_cannot_judge_and_goes_on(third: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gc_keeps_unreadable_versions_and_continues(third: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = str(third / "root")
     paint(third / "source" / "fourth.png", 4)
     assert rebuild(third / "root", third / "source")["published"] == "v4"

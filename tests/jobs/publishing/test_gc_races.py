@@ -121,7 +121,7 @@ def test_a_version_removed_after_the_swap_gives_the_pointer_back(place: Path, mo
     assert rebuild(place / "root", place / "source")["published"] == "v3"
 
 
-def test_a_version_that_another_publishes_now_is_kept(place: Path) -> None:
+def test_a_version_that_another_process_publishes_is_kept(place: Path) -> None:
     paint(place / "source" / "added.png", 1)
     rebuild(place / "root", place / "source")
     version_marks.mark_publishing(Dataset(str(place / "root"), NAME, "v1"), 3)  # a rollback has begun
@@ -132,7 +132,7 @@ def test_a_version_that_another_publishes_now_is_kept(place: Path) -> None:
         rollback(str(place / "root"), NAME, "v2")
 
 
-def test_the_clock_of_a_publisher_means_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gc_ignores_the_clock_of_the_publisher(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paint(place / "source" / "added.png", 1)
     clock = time.time
     for hours in (-25, 25):
@@ -146,7 +146,7 @@ def test_the_clock_of_a_publisher_means_nothing(place: Path, monkeypatch: pytest
             assert set(reasons.values()) == {"leased"}
 
 
-def test_gc_ends_what_a_killed_gc_began(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gc_finishes_the_work_of_a_killed_gc(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paint(place / "source" / "added.png", 1)
     rebuild(place / "root", place / "source", full=True)
     remove, removed = storage.remove, []
@@ -192,7 +192,7 @@ def test_equal_rebuilds_that_seal_together_publish_one_whole_version(place: Path
     assert rollback(root, NAME, "v2")["published"] == "v2"
 
 
-def test_gc_removes_what_killed_commands_left_in_other_datasets_and_in_runs(tmp_path: Path) -> None:
+def test_gc_removes_leftovers_in_other_datasets_and_in_runs(tmp_path: Path) -> None:
     folders = ("", "takedowns", f"published/{NAME}", "datasets/other/v1/shards/records", "runs/one/checkpoints/0000002")
     leftovers = [tmp_path / folder / ".000000.json.0123456789abcdef" for folder in folders]
     for path in leftovers:

@@ -13,7 +13,7 @@ from tests.jobs.publishing.key_files import openssl_key, ssh_key
 from tests.jobs.publishing.published_art import NAME
 
 
-def test_keys_of_openssl_and_openssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_of_openssl_and_openssh_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(RELEASE_KEY, raising=False)
     document = {"version": "v1", "sequence": 1}
     for number, (private, public) in enumerate((openssl_key(tmp_path, "pem"), ssh_key(tmp_path, "ssh"))):
@@ -33,8 +33,8 @@ def test_keys_of_openssl_and_openssh(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert signatures.parse_release_keys(signatures.public_text(both), "key").fingerprints == both.fingerprints
 
 
-def test_private_keys_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsafe_private_keys_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv(RELEASE_KEY, raising=False)
     private, public = openssl_key(tmp_path, "key")
     private.chmod(0o640)
@@ -68,7 +68,7 @@ def test_private_keys_that_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
         signatures.publishing_keys("", unsigned=True)
 
 
-def test_public_keys_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_public_keys_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     private, public = openssl_key(tmp_path, "key")
     for text, reason in (("", "is empty"), (" \n", "is empty"), (str(tmp_path / "missing"), "No such file"),
                          (str(private), "names a private key"), (private.read_text(), "names a private key"),

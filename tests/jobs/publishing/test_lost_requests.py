@@ -23,8 +23,8 @@ def _rows(root: Path, version: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize(("lost", "numbers"), [(["takedowns/000002.json", "forgotten.json"], "2..2"),
                                                (["takedowns/000001.json", "forgotten.json"], "1..1"),
                                                (["takedowns", "forgotten.json"], "1..2")])
-def test_no_request_takes_the_number_of_a_lost_one(place: Path, lost: list[str], numbers: str,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_new_request_does_not_reuse_the_number_of_a_lost_one(place: Path, lost: list[str], numbers: str,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
     root = place / "root"
     at = ["--root", str(root)]
     forgotten = [_rows(root, "v1")[row]["sha256"] for row in (4, 9)]

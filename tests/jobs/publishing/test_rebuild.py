@@ -42,7 +42,7 @@ from tests.jobs.publishing.published_art import (
 )
 
 
-def test_only_what_changed_is_made_again(place: Path) -> None:
+def test_only_changed_images_are_processed_again(place: Path) -> None:
     root, source, files = place / "root", place / "source", pictures(place)
     for path in files:
         os.utime(path)  # all look new, and hardly any is
@@ -88,7 +88,7 @@ def test_a_shard_that_lost_much_is_written_again(place: Path) -> None:
     assert rebuild(place / "root", place / "source")["embedded"] == 1
 
 
-def test_a_list_of_addresses(tmp_path: Path, place: Path) -> None:
+def test_a_list_of_urls_is_rebuilt(tmp_path: Path, place: Path) -> None:
     class Quiet(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             data = (place / "source" / self.path[1:]).read_bytes()
@@ -122,7 +122,7 @@ def test_a_list_of_addresses(tmp_path: Path, place: Path) -> None:
     server.shutdown()
 
 
-def test_half_of_it_noise_stays_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_version_with_half_noise_is_not_published(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = Published.load(str(place / "root"), NAME)
     for number, path in enumerate(pictures(place)[::2]):
         paint(path, number)
@@ -148,7 +148,7 @@ def test_half_of_it_noise_stays_out(place: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("gate", ["recall@10", "failed", "encoder"])
-def test_gates(place: Path, gate: str) -> None:
+def test_each_gate_stops_a_version(place: Path, gate: str) -> None:
     (place / "source" / "broken.png").write_bytes(b"no picture")
     # Two bits a vector find little; taking over the first index would find everything.
     settings: dict[str, Any] = {"recall@10": {"key": "PQ1x2", "full": True},
@@ -191,7 +191,7 @@ def test_a_rebuild_with_another_encoder_is_refused_before_it_reads(place: Path, 
     assert main(again) == 0  # a damaged version is replaced
 
 
-def test_of_two_at_once_one_publishes(place: Path) -> None:
+def test_one_of_two_equal_rebuilds_publishes(place: Path) -> None:
     paint(place / "source" / "added.png", 1)
     first, second = (make_rebuild(place / "root", place / "source") for _ in range(2))
     results: list[dict[str, Any]] = []
@@ -230,7 +230,7 @@ class Killed(BaseException):
     """The end of a process, as far as its code can tell."""
 
 
-def test_whenever_it_ends_readers_have_a_whole_version(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readers_have_a_whole_version_after_any_interruption(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paint(place / "source" / "added.png", 1)
     drop(place, pictures(place)[5])
     writes, ends = [0], [0]
@@ -264,7 +264,7 @@ def test_whenever_it_ends_readers_have_a_whole_version(place: Path, monkeypatch:
     assert [version["version"] for version in Published.load(str(place / "root"), NAME).history()] == ["v1", "v2"]
 
 
-def test_what_a_stranger_tried(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusual_commands_have_clear_results(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, source = str(place / "root"), place / "source"
     (source / "cut.png").write_bytes(pictures(place)[0].read_bytes()[:200])
     assert rebuild(root, source)["added"] == 1
@@ -288,8 +288,7 @@ def test_what_a_stranger_tried(place: Path, capsys: pytest.CaptureFixture[str]) 
     assert "v1 was removed by gc" in capsys.readouterr().err
 
 
-def test_files_that_are_gone_and_that_a_table_names_count_as_removed(place: Path,
-                                                                     caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_files_of_a_captions_table_count_as_removed(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     for picture in pictures(place)[:2]:
         picture.unlink()

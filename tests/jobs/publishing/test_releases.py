@@ -28,7 +28,7 @@ from tests.jobs.publishing.published_art import NAME, paint, pictures, published
 from tests.pipeline import synthetic
 
 
-def test_rollback_and_what_was_rolled_back_stays_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_version_that_was_rolled_back_is_not_published_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, source = str(place / "root"), place / "source"
     paint(source / "added.png", 1)
     rebuild(root, source)
@@ -55,7 +55,7 @@ def test_rollback_and_what_was_rolled_back_stays_so(place: Path, capsys: pytest.
     assert "never changes" in capsys.readouterr().err
 
 
-def test_who_changes_a_published_version_is_found_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changes_to_a_published_version_are_detected(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = str(place / "root")
     held = published_dataset(root)
     file = Path(held.folder("embeddings")) / "000001.npy"
@@ -88,7 +88,7 @@ def test_who_changes_a_published_version_is_found_out(place: Path, capsys: pytes
         published_dataset(root)
 
 
-def test_what_is_forgotten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_forgotten_images_are_hidden_and_removed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, source, files = str(place / "root"), place / "source", pictures(place)
     dataset = published_dataset(root)
     rows = [row for record in dataset.manifest("shards")["items"] for row in metadata(dataset, record)]
@@ -118,7 +118,7 @@ def test_what_is_forgotten(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert len(files) == 72
 
 
-def test_gc_leaves_what_is_needed(place: Path) -> None:
+def test_gc_keeps_versions_in_use(place: Path) -> None:
     root, source = str(place / "root"), place / "source"
     for number in range(4):
         paint(source / f"added{number}.png", number)

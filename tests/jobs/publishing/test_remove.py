@@ -30,8 +30,8 @@ def _rm(root: Path, *words: str) -> int:
 @pytest.mark.parametrize(("target", "folder"), [
     ("flat", "datasets/flat/"), ("flat@v1", "datasets/flat/"), ("datasets/flat/v1/index", "datasets/flat/v1/index/"),
     ("runs/small", "runs/")])
-def test_the_folder_goes_and_the_rest_stays(root: Path, target: str, folder: str,
-                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_rm_removes_only_the_named_folder(root: Path, target: str, folder: str,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
     before = _files(root)
     assert _rm(root, target, "--yes") == 0
     removed = {name: data for name, data in before.items() if name.startswith(folder)}
@@ -44,7 +44,7 @@ def test_the_folder_goes_and_the_rest_stays(root: Path, target: str, folder: str
     assert "there is no " in capsys.readouterr().err
 
 
-def test_what_something_was_made_from_stays_until_that_is_gone(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inputs_of_other_folders_are_not_removed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "small", "--prompt", "a", "--database", "flat", "--steps", "2", "--name", "first", "--root",
                  str(root), "--local"]) == 0
     for target, user in (("flat", "runs/small/samples/first"), ("drawn", "runs/small"),
@@ -60,7 +60,7 @@ def test_what_something_was_made_from_stays_until_that_is_gone(root: Path, capsy
     assert not (root / "runs").exists() and _rm(root, "drawn", "--yes") == _rm(root, "flat", "--yes") == 0
 
 
-def test_files_that_another_version_took_over_stay(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_another_version_uses_stay(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = second / "root"
     for path in (*root.glob("datasets/*/*/release.json"), *root.glob("datasets/*/*/mark.json"),
                  *root.glob("datasets/*/current.json")):
@@ -72,7 +72,7 @@ def test_files_that_another_version_took_over_stay(second: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("target", ["drawn", "drawn@v1", "drawn@v2", "datasets/drawn/v2/index"])
-def test_what_is_published_stays(second: Path, target: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_published_versions_are_not_removed(second: Path, target: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = _files(second / "root")
     assert _rm(second / "root", target, "--yes") == 2
     error = capsys.readouterr().err
@@ -80,7 +80,7 @@ def test_what_is_published_stays(second: Path, target: str, capsys: pytest.Captu
     assert _files(second / "root") == before
 
 
-def test_a_folder_in_which_a_command_works_stays(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_in_use_by_a_command_is_not_removed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with storage.hold_lease(str(root), "datasets/flat/v1/embeddings"):
         before = _files(root)
         assert _rm(root, "flat", "--yes") == 1
@@ -88,8 +88,8 @@ def test_a_folder_in_which_a_command_works_stays(root: Path, capsys: pytest.Capt
     assert _rm(root, "flat", "--yes") == 0
 
 
-def test_it_asks_on_a_terminal_and_not_elsewhere(root: Path, monkeypatch: pytest.MonkeyPatch,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_rm_asks_for_confirmation_only_on_a_terminal(root: Path, monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
     before = _files(root)
     assert _rm(root, "flat") == 2 and "rm does not ask without a terminal" in capsys.readouterr().err
     assert _rm(root, "flat", "--dry-run") == 0
@@ -108,7 +108,7 @@ def test_it_asks_on_a_terminal_and_not_elsewhere(root: Path, monkeypatch: pytest
     assert not (root / "datasets/flat").exists()
 
 
-def test_a_removal_that_was_killed_is_finished(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_removal_is_finished(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The removal is cut off after all files are gone: the same command still ends well."""
     remove = storage.remove
 
@@ -125,7 +125,7 @@ def test_a_removal_that_was_killed_is_finished(root: Path, monkeypatch: pytest.M
     assert not list(root.glob("removing*"))
 
 
-def test_damaged_plans_stop_no_removal(root: Path) -> None:
+def test_damaged_plans_do_not_prevent_removal(root: Path) -> None:
     for plan in root.glob("datasets/flat/v1/*/plan.json"):
         plan.write_bytes(b"{")
     assert _rm(root, "flat", "--yes") == 0

@@ -61,7 +61,7 @@ def test_every_verb_refuses_a_missing_pointer(second: Path, capsys: pytest.Captu
     assert rebuild(second / "root", second / "source")["unchanged"]
 
 
-def test_a_pointer_in_order_stays(second: Path) -> None:
+def test_a_valid_pointer_stays(second: Path) -> None:
     data = _pointer(second).read_bytes()
     assert repair(str(second / "root"), NAME)["pointer"] == "in order"
     assert _pointer(second).read_bytes() == data
@@ -113,7 +113,7 @@ def test_repair_takes_the_newest_version_that_is_whole(second: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing"])
-def test_without_a_history_the_releases_tell(second: Path, damage: str) -> None:
+def test_repair_uses_the_releases_if_the_history_is_missing(second: Path, damage: str) -> None:
     shutil.rmtree(second / "root" / "published")
     if damage == "cut":
         _pointer(second).write_text("{")
@@ -134,7 +134,7 @@ def test_a_rebuild_replaces_a_damaged_version(place: Path, lost: str, caplog: py
     assert main(["verify", "--only", f"datasets/{NAME}/v2", "--root", str(place / "root")]) == 0
 
 
-def test_where_no_version_is_whole_the_newest_is_named_and_replaced(place: Path) -> None:
+def test_if_no_version_is_whole_the_newest_is_named_and_replaced(place: Path) -> None:
     _pointer(place).unlink()
     (place / "root" / "datasets" / NAME / "v1" / "index" / "manifest.json").unlink()
     with pytest.raises(StageFailed, match="no published version of drawn is whole; v1 is the newest: 1 files are"):
@@ -219,7 +219,7 @@ def test_a_takedown_during_a_rebuild_holds_in_the_new_version(place: Path) -> No
     assert Published.load(root, NAME).document["takedowns"] == 1
 
 
-def test_a_takedown_list_that_was_removed_does_not_begin_anew(place: Path) -> None:
+def test_a_removed_takedown_list_does_not_start_empty(place: Path) -> None:
     root, keys = str(place / "root"), _keys(place / "root")
     assert main(["forget", "--key", f"{NAME}/{keys[4]}", "--root", root]) == 0
     (place / "root" / "forgotten.json").unlink()
@@ -244,8 +244,8 @@ def test_damaged_takedown_files_are_repaired(place: Path, content: str, capsys: 
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "{}"])
-def test_a_damaged_entry_of_the_history_costs_only_itself(second: Path, content: str,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_history_entry_affects_no_other(second: Path, content: str,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     root = str(second / "root")
     (second / "root" / "published" / NAME / "000001.json").write_text(content)
     (second / "root" / "published" / NAME / ".DS_Store").write_text("x")
@@ -262,8 +262,7 @@ def test_a_damaged_entry_of_the_history_costs_only_itself(second: Path, content:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link"])
-def test_an_entry_of_the_history_that_is_no_file_is_named(second: Path, kind: str,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_history_entry_that_is_no_file_is_named(second: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     root, entry = str(second / "root"), second / "root/published" / NAME / "000002.json"
     entry.unlink()
     {"pipe": os.mkfifo, "folder": Path.mkdir, "link": lambda path: path.symlink_to("/nonexistent/x")}[kind](entry)
@@ -304,7 +303,7 @@ def test_lost_entries_of_the_history_do_not_bring_an_older_version_back(second: 
     assert repair(root, NAME)["published"] == "v2"
 
 
-def test_a_damaged_mark_or_release_wedges_nothing(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_mark_or_release_blocks_nothing(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = str(second / "root")
     for name in ("v1/mark.json", "v2/mark.json", "v1/release.json"):
         (second / "root" / "datasets" / NAME / name).write_text("{")
@@ -350,7 +349,7 @@ def test_files_that_are_newer_than_their_manifest_are_read_and_taken_over(place:
     assert "files are newer than their manifests and were read again" in caplog.text
 
 
-def test_versions_of_a_dataset_that_was_never_published(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_versions_of_an_unpublished_dataset_are_listed(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(second / "root" / "datasets" / NAME / "v1" / "shards", second / "root" / "datasets/plain/v1/shards")
     assert main(["versions", "plain", "--root", str(second / "root")]) == 0
     assert "not published" in capsys.readouterr().out

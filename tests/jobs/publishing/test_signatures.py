@@ -149,7 +149,7 @@ def test_an_older_release_under_a_newer_number_is_refused(signed: Path) -> None:
     refuses(signed, "that is not valid for what it says")
 
 
-def test_an_older_pointer_as_it_was_is_refused_where_the_newer_was_seen(signed: Path) -> None:
+def test_a_replayed_older_pointer_is_refused_after_the_newer_was_seen(signed: Path) -> None:
     assert published_dataset(signed / "root").version == "v2"
     older = history(signed, 1).read_bytes()
     history(signed, 2).unlink()
@@ -158,7 +158,7 @@ def test_an_older_pointer_as_it_was_is_refused_where_the_newer_was_seen(signed: 
     refuses(signed, "it has number 1, and this machine has seen 2")
 
 
-def test_repair_does_not_sign_an_older_publication_where_the_newer_was_seen(
+def test_repair_does_not_sign_an_older_publication_after_the_newer_was_seen(
         signed: Path, keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = str(signed / "root")
     assert published_dataset(root).version == "v2"
@@ -188,7 +188,7 @@ def test_a_signed_pointer_of_another_dataset_is_refused(signed: Path) -> None:
         published.open_dataset(str(root), "other")
 
 
-def test_what_lies_below_the_pointer_is_refused_when_changed(signed: Path) -> None:
+def test_changed_files_below_the_pointer_are_refused(signed: Path) -> None:
     version = pointer(signed).parent / "v2"
     release = version / "release.json"
     before = release.read_bytes()
@@ -228,7 +228,7 @@ def test_a_stage_that_was_added_to_a_release_is_refused(signed: Path) -> None:
     assert any("is not part of the signed release" in fault["fault"] for fault in faults)
 
 
-def test_a_dataset_without_pointer_and_history_is_no_unpublished_one(signed: Path, keys: Path) -> None:
+def test_a_dataset_that_lost_pointer_and_history_is_refused(signed: Path, keys: Path) -> None:
     pointer(signed).unlink()
     refuses(signed, "is missing, and 2 publications are in the history")
     shutil.rmtree(signed / "root" / "published")
@@ -256,8 +256,8 @@ def test_a_named_version_needs_a_signed_publication(signed: Path) -> None:
         published.open_dataset(root, f"{NAME}@v7")
 
 
-def test_unsigned_versions_are_refused_where_a_key_is_set(place: Path, keys: Path, monkeypatch: pytest.MonkeyPatch,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsigned_versions_are_refused_if_a_key_is_set(place: Path, keys: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv(RELEASE_KEY, str(keys / "publisher.pub.pem"))
     refuses(place, "has no signature")
     with pytest.raises(DamagedPointer, match="has no signature"):
@@ -362,7 +362,7 @@ def test_rollback_goes_to_signed_versions_only(signed: Path, keys: Path) -> None
         rollback(root, NAME, "", keys=publisher)
 
 
-def test_a_signed_rebuild_takes_nothing_from_a_version_that_is_not_signed(signed: Path, keys: Path) -> None:
+def test_a_signed_rebuild_reuses_no_unsigned_version(signed: Path, keys: Path) -> None:
     document = json.loads(pointer(signed).read_bytes())
     del document["signature"]
     forge(signed, document)
@@ -371,7 +371,8 @@ def test_a_signed_rebuild_takes_nothing_from_a_version_that_is_not_signed(signed
         signing_rebuild(signed, keys / "publisher.pem")
 
 
-def test_a_dataset_becomes_signed_and_its_key_changes(place: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_can_become_signed_and_change_its_key(place: Path, keys: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(RELEASE_KEY, raising=False)
     private = keys / "publisher.pem"
     with pytest.raises(DamagedPointer, match="has no signature"):
@@ -394,8 +395,8 @@ def test_a_dataset_becomes_signed_and_its_key_changes(place: Path, keys: Path, m
     refuses(place, "is signed by another key")
 
 
-def test_a_version_that_gc_removes_meanwhile_leaves_a_signed_pointer(signed: Path, keys: Path,
-                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_removed_by_gc_leaves_a_signed_pointer(signed: Path, keys: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(version_marks, "is_removing", lambda dataset: dataset.version == "v3")
     paint(signed / "source" / "more.png", 2)
     update = signing_rebuild(signed, keys / "publisher.pem")
@@ -417,7 +418,7 @@ def test_a_request_to_forget_needs_no_key(signed: Path) -> None:
     assert len(hidden_rows.read_hidden_rows(published_dataset(root))) == 1
 
 
-def test_a_new_root_at_the_same_place_goes_on_with_the_numbers(signed: Path, keys: Path) -> None:
+def test_a_new_root_at_the_same_place_continues_the_numbers(signed: Path, keys: Path) -> None:
     assert published_dataset(signed / "root").version == "v2"
     shutil.rmtree(signed / "root")
     assert run_rebuild(signing_rebuild(signed, keys / "publisher.pem"), run_stage)["published"] == "v1"

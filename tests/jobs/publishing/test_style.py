@@ -123,7 +123,7 @@ def test_the_encoder_is_that_of_the_newest_run(trained_root: Path) -> None:
             encoder_of("the run small", description | unknown)
 
 
-def test_ray_is_spared_only_for_small_work_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_is_skipped_only_for_small_work_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     common, cluster = CommonOptions(), ClusterConfig()
     assert spare_ray(common, cluster, small=True).local and not spare_ray(common, cluster, small=False).local

@@ -54,7 +54,7 @@ def test_a_list_of_equal_length_with_other_content_is_refused(forgotten: Path,
     assert main(["verify", "--root", root]) == 0
 
 
-def test_a_value_that_only_a_request_has_still_counts(forgotten: Path) -> None:
+def test_a_value_of_a_request_alone_still_counts(forgotten: Path) -> None:
     path = forgotten / "root/forgotten.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": []}))
     assert rebuild(forgotten / "root", forgotten / "source")["forgotten"] == 2

@@ -89,7 +89,7 @@ def test_a_spike_of_a_long_curve_stays_visible() -> None:
     assert len(chart or "") < 60_000
 
 
-def test_a_curve_without_points_is_none() -> None:
+def test_a_curve_without_points_is_not_plotted() -> None:
     assert loss_curve([]) is None and loss_curve([{"step": 1}]) is None
 
 
@@ -99,7 +99,7 @@ def test_smoothing_keeps_a_line_and_the_ends() -> None:
 
 
 @pytest.mark.parametrize("kinds", KINDS)
-def test_a_tuning_is_inside_of_its_axes(kinds: dict[str, list[tuple[str, float, float]]]) -> None:
+def test_a_tuning_curve_is_inside_its_axes(kinds: dict[str, list[tuple[str, float, float]]]) -> None:
     timed = [setting for settings in kinds.values() for setting in settings if setting[1] > 0]
     for drawing in drawings(recall_over_time(kinds)):
         positions = dots(drawing)
@@ -112,7 +112,7 @@ def test_a_tuning_is_inside_of_its_axes(kinds: dict[str, list[tuple[str, float, 
                        for (a, b), other in zip(positions, timed, strict=True))
 
 
-def test_no_tuning_of_one_point() -> None:
+def test_a_tuning_of_one_point_is_not_plotted() -> None:
     assert recall_over_time({}) is None and recall_over_time({"images": [("all", 0.3, 0.9)]}) is None
 
 

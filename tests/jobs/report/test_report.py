@@ -115,7 +115,7 @@ def page(root: Path) -> str:
     return report_page(root)
 
 
-def test_everything_is_in_it(page: str):
+def test_the_report_has_every_part(page: str):
     document = Document(page)
     assert all(f"<h2>{heading}</h2>" in page for heading in HEADINGS)
     assert all(prompt in document.text for prompt in PROMPTS)
@@ -131,7 +131,7 @@ def test_everything_is_in_it(page: str):
     assert len(page) < 2_000_000
 
 
-def test_neighbours_are_shown_from_the_nearest_to_the_farthest_with_their_distribution(page: str, root: Path):
+def test_neighbors_are_sorted_by_distance_with_their_distribution(page: str, root: Path):
     section = page[page.index("<h2>Neighbors</h2>"):page.index("<h2>Datasets</h2>")]
     manifests = [json.loads(path.read_text()) for path in root.glob("datasets/*/v1/neighbors/*/manifest.json")]
     # Each chart is there for wide and for narrow pages.
@@ -158,7 +158,7 @@ def test_captions_prompts_and_sources_are_text(page: str):
     assert SCRIPT in document.values("alt") and "broken<i>.png" in document.text
 
 
-def test_it_needs_no_other_file(page: str):
+def test_the_report_needs_no_other_file(page: str):
     document = Document(page)
     assert all(value.startswith("data:image/") for value in document.values("src"))
     assert all(value.startswith("#") for name, attributes in document.tags if name != "a"
@@ -169,19 +169,19 @@ def test_it_needs_no_other_file(page: str):
     assert "url(" not in page and "@import" not in page
 
 
-def test_an_empty_root(tmp_path: Path):
+def test_an_empty_root_has_a_report(tmp_path: Path):
     assert "Nothing is below this root yet" in Document(report_page(tmp_path)).text
     assert "Nothing is below this root yet" in Document(report_page(tmp_path / "absent")).text
 
 
-def test_a_root_with_only_shards(tmp_path: Path, drawn_pictures: Path):
+def test_a_root_with_only_shards_has_a_report(tmp_path: Path, drawn_pictures: Path):
     shards(tmp_path, "train", drawn_pictures)
     text = Document(report_page(tmp_path)).text
     assert "36 of 36 images" in text and "could not be read" not in text
     assert re.findall("<h2>(.*)</h2>", (tmp_path / "report.html").read_text()) == ["Datasets", "Stages"]
 
 
-def test_one_damaged_part_does_not_cost_the_others(root: Path, tmp_path: Path, page: str):
+def test_a_damaged_part_does_not_remove_the_others(root: Path, tmp_path: Path, page: str):
     for name in ("datasets", "runs"):
         shutil.copytree(root / name, tmp_path / name)
     next((tmp_path / "datasets/train/v1/shards").glob("*.tar")).write_bytes(b"cut")
@@ -199,14 +199,14 @@ def test_one_damaged_part_does_not_cost_the_others(root: Path, tmp_path: Path, p
     (KeyError("held_out"), "The part could not be read: one of its files has no value named &#39;held_out&#39;"),
     (TypeError("'int' object is not iterable"), "one of its files is not in the expected form (TypeError: "),
     (ValueError("shards is not sealed\nhint: shard"), "The part could not be read: shards is not sealed</p>")])
-def test_a_part_that_fails_gives_its_reason_in_words(error: Exception, reason: str):
+def test_a_failed_part_has_its_reason_as_text(error: Exception, reason: str):
     def make() -> None:
         raise error
 
     assert reason in str(try_part("The part", make))
 
 
-def test_unfinished_and_failed_stages_are_told(root: Path, tmp_path: Path):
+def test_unfinished_and_failed_stages_are_named(root: Path, tmp_path: Path):
     shutil.copytree(root / "datasets", tmp_path / "datasets")
     folder = tmp_path / "datasets/line/v1/embeddings"
     (folder / "manifest.json").unlink()
@@ -251,7 +251,7 @@ def test_names_of_runs_and_samples_are_text(root: Path, tmp_path: Path):
     assert all(value.startswith("data:image/") for value in document.values("src"))
 
 
-def test_an_album_has_an_end():
+def test_an_album_has_a_limited_size():
     noise = Image.effect_noise((64, 64), 90).convert("RGB")
     assert Album().image(b"no image", "broken").source is None and Album().image(None, "none").source is None
     data = io.BytesIO()
@@ -262,7 +262,7 @@ def test_an_album_has_an_end():
     assert images[-1].source is None and album.left_out == sum(image.source is None for image in images) > 0
 
 
-def test_indices_with_a_knob_show_their_tuning(tmp_path: Path):
+def test_indices_with_a_search_parameter_show_their_tuning(tmp_path: Path):
     vectors = synthetic.clustered(2000, 16, clusters=200, spread=1.0)
     run_stage(Index(synthetic.vector_dataset(tmp_path, "knob", [vectors]),
                     IndexConfig(key="IVF16,SQ8", target_recall=1.0)))
@@ -279,7 +279,7 @@ def test_indices_with_a_knob_show_their_tuning(tmp_path: Path):
 
 @pytest.mark.browser
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
-def test_a_browser_shows_it(root: Path, page: str, tmp_path: Path):
+def test_a_browser_shows_the_report(root: Path, page: str, tmp_path: Path):
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
                "--disable-background-networking", "--disable-component-update", "--disable-sync",
                f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,2400"]

@@ -33,7 +33,7 @@ def _write(folder: Path, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["txt", "prompts", "csv", "jsonl", "parquet"])
-def test_prompts_of_files(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_prompts_are_read_from_files(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert read_prompts(_write(tmp_path, kind)) == _PROMPTS
     assert not caplog.records
 

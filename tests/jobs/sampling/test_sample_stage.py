@@ -86,7 +86,7 @@ def _rows(record: dict[str, Any]) -> list[int]:
     return [neighbor["row"] for neighbor in record["neighbors"]]
 
 
-def test_without_the_new_flags_a_folder_is_what_it_was(root: Path) -> None:
+def test_without_the_new_flags_a_folder_is_unchanged(root: Path) -> None:
     flat = _dataset(root, "flat")
     sampling = Sampling(Run.parse(str(root), "small"), 0, PROMPTS, (flat,), ClipConfig(), CONFIG)
     section = {"k": 3, "guidance": 2.0, "seed": 0, "steps": 2, "batch_size": 16, "prompts": list(PROMPTS),
@@ -164,7 +164,7 @@ def _grid_of_files(folder: Path) -> bytes:
     return file.getvalue()
 
 
-def test_rows_are_drawn_as_often_as_they_are_used() -> None:
+def test_rows_are_sampled_as_often_as_they_are_used() -> None:
     usage = np.array([0, 5, 1, 3, 0, 1])
     counts = Counter(RowDistribution(usage, 1.0).sample_row(Random(f"{position}")) for position in range(4000))
     assert set(counts) == {1, 2, 3, 5}
@@ -178,7 +178,7 @@ def test_rows_are_drawn_as_often_as_they_are_used() -> None:
         RowDistribution(np.zeros(3, np.int64), 1.0)
 
 
-def test_unconditional_pictures_are_of_likely_rows_and_their_neighbours(root: Path) -> None:
+def test_unconditional_samples_use_frequent_rows_and_their_neighbors(root: Path) -> None:
     records = _sample_records(root, "likely", "--unconditional", "3", "--top-m", "0.2", "--text-guidance", "5",
                               "--database", "flat", "--database", "drawn")
     assert [(record["position"], record["database"]) for record in records] == [
@@ -203,7 +203,7 @@ def test_unconditional_pictures_are_of_likely_rows_and_their_neighbours(root: Pa
     assert [record["drawn"]["row"] for record in more_records] != [record["drawn"]["row"] for record in other_records]
 
 
-def test_a_picture_stands_where_a_prompt_would(root: Path, picture: Path, drawn_pictures: Path) -> None:
+def test_an_image_can_replace_a_prompt(root: Path, picture: Path, drawn_pictures: Path) -> None:
     records = _sample_records(root, "asked", "--image", str(picture), "--unconditional", "1", "--prompt", PROMPTS[0],
                               "--database", "flat")
     assert [record["kind"] for record in records] == ["prompt", "image", "p_D"]
@@ -223,7 +223,7 @@ def test_a_picture_stands_where_a_prompt_would(root: Path, picture: Path, drawn_
     assert main(["verify", "--root", str(root), "--only", "runs/small/samples/asked"]) == 0
 
 
-def test_neighbours_out_of_a_pool(root: Path) -> None:
+def test_neighbors_are_sampled_from_a_pool(root: Path) -> None:
     flags = ("--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--database", "flat", "--unconditional", "1")
     records = _sample_records(root, "pool", *flags, "--pool", "8")
     texts = clip.load_encoder(ClipConfig()).texts(PROMPTS)
@@ -242,7 +242,7 @@ def test_neighbours_out_of_a_pool(root: Path) -> None:
     assert all(len(set(_rows(record))) == 3 for record in large_pool)
 
 
-def test_a_mixture_shares_out_the_neighbours(root: Path) -> None:
+def test_a_mixture_divides_the_neighbors(root: Path) -> None:
     records = _sample_records(root, "mixed", "--k", "4", "--prompt", PROMPTS[0], "--unconditional", "4", "--database",
                               "flat:3+hatched:1", "--database", "hatched")
     mixed = [record for record in records if record["database"] == "flat:3+hatched:1"]
@@ -266,7 +266,7 @@ def test_a_mixture_shares_out_the_neighbours(root: Path) -> None:
     assert (root / "runs/small/samples/mixed/flat=3+hatched=1/00-a-red-circle.png").exists()
 
 
-def test_the_report_shows_what_was_asked_for(root: Path, picture: Path) -> None:
+def test_the_report_shows_the_requested_options(root: Path, picture: Path) -> None:
     caption = lookup.samples(_dataset(root, "flat"), [0])[0].caption  # of a database without a column held_out
     _sample_records(root, "all", "--prompt", PROMPTS[0], "--prompt", caption, "--image", str(picture),
                     "--unconditional", "1", "--top-m", "0.5", "--pool", "5", "--database", "flat+hatched")
@@ -315,8 +315,8 @@ def test_a_mixture_has_one_name(text: str, label: str, item: str) -> None:
     (["--prompt", "x", "--steps", "5000"], "below timesteps = 1000"),
     ([], "sample needs databases, and prompts"),
 ])
-def test_what_cannot_be_drawn_is_refused_in_words(arguments: list[str], message: str, root: Path, picture: Path, capsys
-                                                  ) -> None:
+def test_invalid_sampling_requests_have_a_clear_message(arguments: list[str], message: str, root: Path, picture: Path,
+                                                        capsys ) -> None:
     flags = [argument.format(root=root, picture=picture) for argument in arguments]
     code = 2
     with contextlib.suppress(SystemExit):  # flags that are wrong by themselves end in the parser
@@ -326,7 +326,7 @@ def test_what_cannot_be_drawn_is_refused_in_words(arguments: list[str], message:
     assert not [folder for folder in (root / "runs").glob("*/samples/*") if not (folder / "manifest.json").exists()]
 
 
-def test_a_run_that_was_not_trained_here_has_no_p_d(root: Path, tmp_path: Path) -> None:
+def test_a_run_trained_elsewhere_has_no_p_data(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "runs/small", tmp_path / "runs/small", ignore=shutil.ignore_patterns("samples"))
     (tmp_path / "datasets").symlink_to(root / "datasets")
     plan = json.loads((tmp_path / "runs/small/plan.json").read_text())

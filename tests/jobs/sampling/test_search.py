@@ -39,8 +39,8 @@ def _found(matches: list[dict]) -> list[tuple[str, int]]:
     return [(match["database"], match["row"]) for match in matches]
 
 
-def test_words_find_what_an_exhaustive_search_finds(databases: list[Dataset],
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_query_finds_the_rows_of_exhaustive_search(databases: list[Dataset],
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
     encoder = clip.load_encoder(ClipConfig())
     red, blue = encoder.texts(["a red square", "a blue circle"]).astype(np.float32)
     assert _found(_search(capsys, databases, "a red square", "--count", "7")) == _nearest(databases, red, 7)
@@ -51,8 +51,8 @@ def test_words_find_what_an_exhaustive_search_finds(databases: list[Dataset],
     assert [match["score"] for match in matches] == sorted((match["score"] for match in matches), reverse=True)
 
 
-def test_a_sample_and_its_image_find_the_same(databases: list[Dataset], tmp_path: Path,
-                                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_and_its_image_find_the_same_rows(databases: list[Dataset], tmp_path: Path,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
     sample, = lookup.samples(databases[1], [3])
     vector = Embeddings(databases[1]).rows(np.array([3]))[0].astype(np.float32)
     like = _search(capsys, databases, "--like", f"outline/{sample.key}", "--count", "5")
@@ -84,7 +84,7 @@ def test_a_sheet_shows_the_images(databases: list[Dataset], tmp_path: Path, caps
     (["x", "--minus", "x"], "the query has no direction"),
     (["x", "--count", "0"], "--count 0: must be at least 1\nhint: --count 10"),
     (["x", "--model", "ViT-B-32", "--pretrained", "random"], "flat belongs to another encoder than ViT-B-32")])
-def test_a_query_that_cannot_be_searched_for_is_a_sentence(
+def test_an_invalid_query_is_a_sentence(
         words: list[str], sentence: str, databases: list[Dataset], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", "flat", *words, "--root", databases[0].root]) == 2
     assert sentence in capsys.readouterr().err

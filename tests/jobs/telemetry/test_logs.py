@@ -30,7 +30,7 @@ def _run(tmp_path: Path, *arguments: str, **environment: str) -> "subprocess.Com
                           capture_output=True, text=True, env=os.environ | environment)
 
 
-def test_events_say_what_they_are_about_and_stdout_stays_data(tmp_path: Path) -> None:
+def test_events_name_their_subject_and_stdout_has_only_data(tmp_path: Path) -> None:
     source = str(_pictures(tmp_path / "in"))
     process = _run(tmp_path, "shard", "some@v2", "--source", source, "--local", "--samples-per-shard", "3",
                    "--log-format", "json")
@@ -44,7 +44,7 @@ def test_events_say_what_they_are_about_and_stdout_stays_data(tmp_path: Path) ->
     assert any(event["level"] == "warning" and "left out 1 not_a_picture" in event["message"] for event in events)
 
 
-def test_why_a_command_ends_is_an_event_too(tmp_path: Path) -> None:
+def test_the_reason_of_an_exit_is_an_event_too(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     process = _run(tmp_path, "embed", "some", "--local", RDM_LOG="json")
     events = _events(process.stderr)
@@ -53,7 +53,7 @@ def test_why_a_command_ends_is_an_event_too(tmp_path: Path) -> None:
     assert events[-1]["hint"].startswith("python -m jobs shard some")
 
 
-def test_people_get_lines_and_a_flag_wins(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_log_format_flag_overrides_the_environment(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("RDM_LOG", "json")
     assert main(["embed", "some", "--local", "--root", str(tmp_path), "--log-format", "text"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
@@ -73,7 +73,7 @@ def test_a_fault_keeps_its_traceback_and_no_passwords(monkeypatch) -> None:
     assert "OSError" in event["traceback"] and "secret" not in event["traceback"] and "\n" in event["traceback"]
 
 
-def test_a_library_that_repeats_itself_is_shown_once() -> None:
+def test_a_repeated_message_of_a_library_is_shown_once() -> None:
     once = logs._OncePerLibrary()
 
     def shown(name: str, text: str) -> str:

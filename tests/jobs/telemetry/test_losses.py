@@ -27,7 +27,7 @@ def sharded(tmp_path_factory) -> tuple[Path, "subprocess.CompletedProcess[str]"]
                                            check=False)
 
 
-def test_a_summary_says_losses_before_warnings_and_where_each_is_named(sharded):
+def test_a_summary_names_losses_before_warnings_and_their_ledger(sharded):
     root, process = sharded
     ledger = root / "datasets/some/v1/shards/ledger"
     assert process.returncode == 0
@@ -40,7 +40,7 @@ def test_a_summary_says_losses_before_warnings_and_where_each_is_named(sharded):
                                                                      ("damaged.jpg", "damaged")}
 
 
-def test_status_and_the_report_say_the_same(sharded, capsys):
+def test_status_and_the_report_agree(sharded, capsys):
     root, _ = sharded
     assert main(["status", "--root", str(root)]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("datasets/some/v1/shards"))
@@ -51,7 +51,7 @@ def test_status_and_the_report_say_the_same(sharded, capsys):
     assert ledger.index("broken.jpg") < ledger.index("damaged.jpg") and "66.6 % of the images given" in page
 
 
-def test_a_stage_without_losses_says_nothing():
+def test_a_stage_without_losses_prints_no_summary():
     assert describe_losses({"skipped": {}, "noted": {}}, "root/shards") == ""
 
 

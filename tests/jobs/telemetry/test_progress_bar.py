@@ -131,7 +131,7 @@ def test_after_a_resize_the_bar_fits_the_new_width(tmp_path: Path) -> None:
     assert len(bars) > 1 and all(len(line) <= 60 for line in bars)
 
 
-def test_without_color_there_is_none(tmp_path: Path) -> None:
+def test_no_color_removes_colors(tmp_path: Path) -> None:
     seen = run_on_screen(_stage(tmp_path), NO_COLOR="1")
     assert len(_bars(seen)) == 1 and not re.search(r"\x1b\[[\d;]*(3[0-7]|38|9[0-7])[\d;]*m", seen.raw)
     assert re.search(r"\x1b\[[\d;]*(3[0-7]|38|9[0-7])[\d;]*m", run_on_screen(_stage(tmp_path / "other")).raw)
@@ -139,8 +139,8 @@ def test_without_color_there_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("flags", "environment"), [
     ((), {"TERM": "dumb"}), (("--log-format", "json"), {}), ((), {"RDM_LOG": "json"})])
-def test_without_a_terminal_to_draw_on_there_are_lines(tmp_path: Path, flags: tuple[str, ...],
-                                                       environment: dict[str, str]) -> None:
+def test_without_a_usable_terminal_progress_is_lines(tmp_path: Path, flags: tuple[str, ...],
+                                                     environment: dict[str, str]) -> None:
     seen = run_on_screen(_stage(tmp_path, "", *flags), 1000, **environment)
     assert seen.code == 0 and "\x1b" not in seen.raw
     assert sum("12 of 12 items, 1200 of 1200 rows" in line for line in seen.lines) == 1

@@ -24,7 +24,7 @@ def _columns(text: str) -> list[list[str]]:
     return [re.split(r"  +", line) for line in text.splitlines()]
 
 
-def test_text_is_aligned_and_whole() -> None:
+def test_text_is_aligned_and_complete() -> None:
     lines = tables.render(_ROWS, right={1}).splitlines()
     assert lines == ["a                       1  " + "x" * 300, "[bold]b[/] :smile:  12345",
                      "日本                    0  last\\x1b[31m\\nline"]
@@ -36,7 +36,7 @@ def test_a_markdown_table_has_a_rule_and_numbers_flush_right(count: int) -> None
     assert lines == ["| name | many hours |", "|------|-----------:|", *["| a    |          1 |"] * count]
 
 
-def test_names_that_are_copied_and_words_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_and_words_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "dumb")
     rows = [["runs/emoji_32/samples/5d484cb4f0a9", "published, sealed", "4,191,280", "12.6 kB", "2026-11-26 18:30"]]
@@ -50,7 +50,7 @@ def test_names_that_are_copied_and_words_are_not_cut(monkeypatch: pytest.MonkeyP
         "ViT-B-32-quickgelu", "a", "few", "words", "beside", "it"}
 
 
-def test_without_rows_there_is_no_text() -> None:
+def test_a_table_without_rows_is_empty() -> None:
     assert tables.render([]) == ""
 
 
@@ -89,7 +89,7 @@ def test_status_loses_nothing_on_a_narrow_terminal(root: Path, capsys: pytest.Ca
     assert _columns(_on_terminal(["status", "--root", str(root)], 400)) == rows
 
 
-def test_plan_is_markdown_for_programs_and_aligned_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_is_markdown_in_a_pipe_and_aligned_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan"]) == 0
     markdown_lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len({len(line) for line in markdown_lines}) == 1 and re.fullmatch(r"\|[-|:]+\|", markdown_lines[1])
@@ -101,12 +101,12 @@ def test_plan_is_markdown_for_programs_and_aligned_for_people(capsys: pytest.Cap
     assert [line.split() for line in table_lines] == [" ".join(row).split() for row in (cells[0], *cells[2:])]
 
 
-def test_a_markdown_text_is_unchanged_for_programs() -> None:
+def test_markdown_is_unchanged_in_a_pipe() -> None:
     text = "| a | b |\n|---|---|\n| 1 |  |\n\nnote\n"
     assert tables.render_markdown(text) == text
 
 
-def test_a_markdown_text_is_aligned_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_markdown_is_aligned_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "dumb")
     assert tables.render_markdown("| a | long |\n|---|---|\n| 100 |  |\n| 2 | x |\n\nnote\n") == (

@@ -26,8 +26,8 @@ def _picture(root: Path, run: str) -> np.ndarray:
     return np.asarray(Image.open(root / f"runs/{run}/samples/here/flat/00-a-red-circle.png")).astype(int)
 
 
-def test_what_was_exported_draws_the_same_elsewhere(root: Path, tmp_path: Path,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_exported_run_generates_the_same_images_elsewhere(root: Path, tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "carried"
     assert main(["export", "small", "--out", str(out), "--root", str(root)]) == 0
     weights = root / "runs/small/checkpoints/0000003/ema.safetensors"
@@ -46,7 +46,8 @@ def test_what_was_exported_draws_the_same_elsewhere(root: Path, tmp_path: Path,
                      "--root", str(other_root), "--local"]) == 0
 
 
-def test_an_export_says_what_is_wrong(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_impossible_export_has_a_clear_message(root: Path, tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     for command, message in (

@@ -73,7 +73,7 @@ def _write_checkpoint(path: Path, unet: UNetConfig = SMALL) -> Path:
     return path
 
 
-def test_a_row_of_the_latents_is_the_picture_of_that_row_encoded_and_scaled(root: Path, autoencoder: Path) -> None:
+def test_a_row_of_the_latents_is_its_image_encoded_and_scaled(root: Path, autoencoder: Path) -> None:
     dataset = Dataset.parse(str(root), "drawn")
     manifest = run_stage(latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder), flips=True)))
     about = manifest["info"]["first_stage"]
@@ -125,7 +125,7 @@ def test_latents_are_made_in_smaller_batches_after_out_of_memory(root: Path, aut
     assert manifest["items"][0]["run"]["times"][devices.HALVED].startswith("batch from 8 to 2 after out of memory on ")
 
 
-def test_a_factor_that_is_given_or_configured_is_taken(root: Path, autoencoder: Path, tmp_path: Path) -> None:
+def test_a_given_or_configured_factor_is_used(root: Path, autoencoder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "configured"
     shutil.copytree(autoencoder, folder)
     _edit(folder / "config.json", "scaling_factor", 0.25)
@@ -136,7 +136,7 @@ def test_a_factor_that_is_given_or_configured_is_taken(root: Path, autoencoder: 
         assert manifest["info"]["first_stage"]["scale"] == scale
 
 
-def test_batches_of_latents_see_every_sample_once_and_both_sides_of_it(root: Path, autoencoder: Path) -> None:
+def test_batches_of_latents_have_each_sample_once_and_both_mirror_images(root: Path, autoencoder: Path) -> None:
     dataset = Dataset.parse(str(root), "drawn")
     run_stage(latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder), flips=True)))
     total = dataset.manifest("shards")["totals"]["samples"]
@@ -159,7 +159,7 @@ def test_batches_of_latents_see_every_sample_once_and_both_sides_of_it(root: Pat
     assert len(set(rows)) == len(rows) and 0.3 < np.mean(kinds) < 0.7
 
 
-def test_a_run_on_latents_trains_and_draws_pictures(root: Path, autoencoder: Path, capsys) -> None:
+def test_a_run_on_latents_trains_and_generates_images(root: Path, autoencoder: Path, capsys) -> None:
     common = ["--root", str(root), "--local"]
     assert main(["latents", "drawn", "--first-stage", str(autoencoder), *common]) == 0
     sizes = ["--in-channels", "16", "--out-channels", "16", "--patch", "1"]
@@ -203,7 +203,7 @@ def _job(root: Path, run: str, validation: str = "") -> Job:
                validation=Dataset.parse(str(root), validation) if validation else None)
 
 
-def test_validation_of_a_run_on_latents_shows_what_sample_draws_and_changes_nothing(
+def test_validation_on_latents_shows_the_images_of_sample_and_changes_nothing(
         root: Path, autoencoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(autoencoder.parent)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -239,7 +239,7 @@ def test_validation_of_a_run_on_latents_shows_what_sample_draws_and_changes_noth
     torch.testing.assert_close(Validation(_job(root, "with", "held"), held_out).x0, validation.x0, rtol=2e-3, atol=2e-3)
 
 
-def test_without_its_first_stage_a_run_goes_on_and_says_so_once(
+def test_a_run_without_its_first_stage_continues_with_one_warning(
         root: Path, autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -270,7 +270,7 @@ def test_without_its_first_stage_a_run_goes_on_and_says_so_once(
         Training(_job(root, "run", "other")).check()
 
 
-def test_an_exported_run_on_latents_draws_where_its_first_stage_never_was(
+def test_an_exported_run_on_latents_samples_without_its_first_stage(
         root: Path, autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -310,7 +310,7 @@ def test_an_exported_run_on_latents_draws_where_its_first_stage_never_was(
     assert "there is no autoencoder in" in capsys.readouterr().err and not out.exists()
 
 
-def test_a_run_with_its_own_vectors_draws_with_every_sampler(root: Path, capsys) -> None:
+def test_a_run_with_its_own_vectors_works_with_every_sampler(root: Path, capsys) -> None:
     common = ["--root", str(root), "--local"]
     train = ["train", "own", "--dataset", "drawn", *common, "--steps", "2", "--global-batch", "4", "--log-every", "1",
              "--own", "image", "--random-k", "--p-drop-neighbor", "0.2", "--neighbor-noise", "0.1", "--learned-null"]
@@ -331,7 +331,7 @@ def test_a_run_with_its_own_vectors_draws_with_every_sampler(root: Path, capsys)
     assert "heun follows a flow" in capsys.readouterr().err
 
 
-def test_a_released_checkpoint_becomes_a_run_that_draws(root: Path, tmp_path: Path, capsys) -> None:
+def test_a_released_checkpoint_becomes_a_run_that_samples(root: Path, tmp_path: Path, capsys) -> None:
     common = ["--root", str(root), "--local"]
     file = _write_checkpoint(tmp_path / "model.ckpt")
     assert main(["convert", "paper", "--checkpoint", str(file), "--database", "drawn", *common]) == 0
@@ -353,8 +353,8 @@ def test_a_released_checkpoint_becomes_a_run_that_draws(root: Path, tmp_path: Pa
     (lambda path: path.write_bytes(path.read_bytes()[:5000]), "cannot be read as weights"),
     (lambda path: _write_checkpoint(path, UNetConfig(**{**SMALL.__dict__, "context_dim": 48})), "takes vectors of 48"),
     (lambda path: path.unlink(), "there is no checkpoint")])
-def test_what_cannot_be_converted_is_said_and_nothing_is_left(root: Path, tmp_path: Path, spoil, message, capsys
-                                                              ) -> None:
+def test_impossible_conversions_are_named_and_leave_nothing(root: Path, tmp_path: Path, spoil, message,
+                                                            capsys ) -> None:
     file = _write_checkpoint(tmp_path / "model.ckpt")
     spoil(file)
     assert main(["convert", "paper", "--checkpoint", str(file), "--database", "drawn", "--root", str(root)]) == 2
@@ -362,7 +362,7 @@ def test_what_cannot_be_converted_is_said_and_nothing_is_left(root: Path, tmp_pa
     assert not (root / "runs/paper/plan.json").exists()
 
 
-def test_without_a_first_stage_there_is_a_hint(root: Path, tmp_path: Path, capsys) -> None:
+def test_a_missing_first_stage_has_a_hint(root: Path, tmp_path: Path, capsys) -> None:
     assert main(["latents", "drawn", "--root", str(root), "--local"]) == 2
     assert "--first-stage FOLDER" in capsys.readouterr().err
     assert main(["latents", "drawn", "--first-stage", str(tmp_path), "--root", str(root), "--local"]) == 2

@@ -29,7 +29,7 @@ def test_progress_is_written_for_other_terminals_and_removed_at_the_end(tmp_path
     assert read_run_progress(run) is None and not (tmp_path / "runs/small/progress.json").exists()
 
 
-def test_a_damaged_progress_counts_as_none(tmp_path: Path) -> None:
+def test_a_damaged_progress_file_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "runs/small").mkdir(parents=True)
     for text in ("{", "[]", json.dumps({"step": 1})):
         (tmp_path / "runs/small/progress.json").write_text(text)

@@ -98,7 +98,7 @@ def _undisturbed_curve(root: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_and_started_again_the_curve_is_the_same(root: Path) -> None:
+def test_a_killed_and_restarted_run_has_the_same_curve(root: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     subprocess.run([sys.executable, *_command(root, "whole", "--local")], check=True, env=environment)
     for step in (3, 12):  # before the first checkpoint, and between two
@@ -130,7 +130,7 @@ def test_a_signal_saves_a_checkpoint(root: Path, number: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_two_ray_workers_of_which_one_dies_equal_torchrun_and_one_process(root: Path, cluster: Any) -> None:
+def test_two_ray_workers_one_killed_equal_torchrun_and_one_process(root: Path, cluster: Any) -> None:
     expected_curve = _undisturbed_curve(root)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                     *_command(root, "torchrun")], check=True, stderr=subprocess.DEVNULL,
@@ -187,7 +187,7 @@ def test_a_checkpoint_without_manifest_is_not_read(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_true_neighbours_beat_those_of_other_pictures(prepared_root: Path) -> None:
+def test_true_neighbors_give_a_lower_loss_than_those_of_other_images(prepared_root: Path) -> None:
     dataset = Dataset.parse(str(prepared_root), "drawn")
     config = _config(steps=300, global_batch=16, log_every=100, checkpoint_every=10_000, lr=1e-3, warmup=20)
     losses = {}
@@ -209,7 +209,8 @@ def test_a_finished_run_is_given_more_steps(root: Path) -> None:
     assert train_run(job, tiny().cluster, local=True) == longer
 
 
-def test_of_a_damaged_checkpoint_the_one_before_is_taken_in_words(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(root: Path,
+                                                                    caplog: pytest.LogCaptureFixture) -> None:
     dataset = Dataset.parse(str(root), "drawn")
     job = Job(Run.parse(str(root), "damaged"), dataset, dataset, _config(steps=10))
     assert train_in_processes(job)
@@ -243,7 +244,7 @@ def test_validation_tells_whether_neighbours_are_used_and_changes_nothing(root: 
                      str(root / "settings.toml"), "--local", "--overwrite"]) == 2
 
 
-def test_too_few_neighbours_are_seen_before_anything_starts(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_neighbors_are_refused_before_training(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = Dataset.parse(str(root), "drawn")
     shutil.copytree(root / "datasets/drawn", root / "datasets/few")
     shutil.rmtree(root / "datasets/few/v1/neighbors")
@@ -276,7 +277,7 @@ def test_a_run_keeps_its_id_and_its_lineage(root: Path, tmp_path: Path, monkeypa
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_with_a_node_lost_it_goes_on_with_fewer_and_takes_it_back(root: Path, cluster: Any,
+def test_training_continues_without_a_lost_node_and_takes_it_back(root: Path, cluster: Any,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     # A low rate, for the number of processes moves last bits, and many steps would make more of them.

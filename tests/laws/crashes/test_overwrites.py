@@ -54,12 +54,12 @@ def _race(template: Place, folder: Path, number: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [0, 2, 5, 21, 40, 60, 83])
-def test_one_is_paused(template: Place, tmp_path: Path, number: int) -> None:
+def test_one_of_two_overwrites_is_paused(template: Place, tmp_path: Path, number: int) -> None:
     assert _race(template, tmp_path / "place", number)
 
 
 @pytest.mark.slow
-def test_one_is_paused_before_every_write(template: Place, tmp_path: Path) -> None:
+def test_one_of_two_overwrites_is_paused_before_every_write(template: Place, tmp_path: Path) -> None:
     for number in itertools.count():
         if not _race(template, tmp_path / str(number), number):
             assert number > 60
@@ -67,7 +67,7 @@ def test_one_is_paused_before_every_write(template: Place, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_both_run_together(template: Place, tmp_path: Path, overwrite: bool) -> None:
+def test_two_overwrites_run_together(template: Place, tmp_path: Path, overwrite: bool) -> None:
     for number in range(6):
         place = copy_place(template, tmp_path / str(number))
         if overwrite:
@@ -79,7 +79,7 @@ def test_both_run_together(template: Place, tmp_path: Path, overwrite: bool) -> 
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, 9])
-def test_a_version_that_is_published_meanwhile_is_not_emptied(template: Place, tmp_path: Path, number: int) -> None:
+def test_a_version_published_during_an_overwrite_is_not_emptied(template: Place, tmp_path: Path, number: int) -> None:
     place = copy_place(template, tmp_path / "place")
     writes = copy_place(template, tmp_path / "alone").run(place.arguments("rebuild")).writes
     killed = place.commands.run(place.folder, place.root, place.arguments("rebuild"), kill=writes - 25)

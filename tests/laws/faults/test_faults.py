@@ -94,7 +94,7 @@ def test_no_held_out_subject_is_in_training(undisturbed: Path) -> None:
     assert len(held_out) == 2 and not held_out & {row["subject"] for row in training}
 
 
-def test_samples_name_prompt_seed_checkpoint_and_neighbours(undisturbed: Path) -> None:
+def test_samples_name_prompt_seed_checkpoint_and_neighbors(undisturbed: Path) -> None:
     folder = next((undisturbed / "runs/demo/samples").iterdir())
     document = storage.read_json(str(folder / "samples.json"))
     assert len(document["pictures"]) == len(document["prompts"]) * 6
@@ -151,8 +151,8 @@ def doomed_cluster() -> Iterator[Any]:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_the_whole_cluster_killed_then_another_one_goes_on(undisturbed: Path, tmp_path: Path, settings_file: Path,
-                                                           doomed_cluster: Any) -> None:
+def test_another_cluster_continues_after_the_first_was_killed(undisturbed: Path, tmp_path: Path, settings_file: Path,
+                                                              doomed_cluster: Any) -> None:
     root = tmp_path / "root"
     command = [sys.executable, "-m", "jobs", *_arguments(root, settings_file)]
     environment = os.environ | {"RAY_ADDRESS": doomed_cluster.address, "RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
@@ -177,7 +177,8 @@ def test_s3_holds_the_same_bytes_as_a_local_disk(undisturbed: Path, s3: str, set
     assert main(_arguments(root, settings_file, "--local")) == 0
 
 
-def test_without_npm_the_demo_says_so_and_draws(tmp_path: Path, settings_file: Path, monkeypatch, caplog) -> None:
+def test_without_npm_the_demo_warns_and_uses_the_drawn_corpus(tmp_path: Path, settings_file: Path, monkeypatch,
+                                                              caplog) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     settings = replace(_settings(settings_file), train=replace(tiny().train, steps=1))
     with pytest.raises(KeyError, match="stop here"):

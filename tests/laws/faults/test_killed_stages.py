@@ -95,7 +95,7 @@ def test_killed_at_any_time_and_run_again_is_the_same_folder(tmp_path):
         assert lasting_files(stage_folder(stage)) == expected
 
 
-def test_rebuilding_killed_anywhere_leaves_nothing_of_the_old(tmp_path, monkeypatch):
+def test_an_overwrite_killed_anywhere_leaves_nothing_of_the_old_folder(tmp_path, monkeypatch):
     """The removal may be cut off after any file: what it left must not pass for a part of the new folder."""
     run_stage(Count(tmp_path / "alone", CountConfig(step=2)))
     expected = lasting_files(tmp_path / "alone" / "count")

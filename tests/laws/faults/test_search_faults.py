@@ -109,9 +109,9 @@ def kill_workers(seed: int) -> Iterator[list[int]]:
     (["embed"], ["neighbors", "x", "--method", "exact", "--vectors"], "neighbors/x"),
     (["embed", "index"], ["neighbors", "x", "--probes", "1"], "neighbors/x"),
 ])
-def test_workers_killed_at_random_leave_the_bytes_of_a_quiet_run(before: list[str], command: list[str], folder: str,
-                                                                 cluster: Any, root: Path, tmp_path: Path,
-                                                                 caplog: Any) -> None:
+def test_workers_killed_at_random_leave_the_bytes_of_an_undisturbed_run(before: list[str], command: list[str],
+                                                                        folder: str, cluster: Any, root: Path,
+                                                                        tmp_path: Path, caplog: Any) -> None:
     for verb in before:
         more = ["--key", "IVF8,Flat", "--bytes-per-vector", "0"] if verb == "index" else []
         assert main([verb, "x", "--root", str(root), "--local", *more]) == 0
@@ -138,8 +138,8 @@ def content(dataset: Dataset, folder: str) -> dict[str, bytes]:
 # Shards that are not what they were.
 
 
-def test_shards_made_anew_make_embeddings_stale_for_index_and_neighbors(root: Path, tmp_path: Path,
-                                                                        capsys: Any) -> None:
+def test_overwritten_shards_make_embeddings_stale_for_index_and_neighbors(root: Path, tmp_path: Path,
+                                                                          capsys: Any) -> None:
     assert main(embed(root, "--local")) == 0
     assert main(["index", "x", "--root", str(root), "--local"]) == 0
     other = synthetic.drawings(tmp_path / "other", subjects=4)
@@ -158,7 +158,7 @@ def test_shards_made_anew_make_embeddings_stale_for_index_and_neighbors(root: Pa
     assert main(["neighbors", "x", "--root", str(root), "--local"]) == 0
 
 
-def test_a_tar_replaced_behind_the_back_of_its_manifest_is_not_embedded(root: Path, capsys: Any) -> None:
+def test_a_tar_that_differs_from_its_manifest_is_not_embedded(root: Path, capsys: Any) -> None:
     folder = Path(dataset(root).folder("shards"))
     shutil.copy(folder / "000003.tar", folder / "000005.tar")
     assert main(embed(root, "--local")) == 1
@@ -224,7 +224,7 @@ def test_embeddings_that_are_damaged_are_refused(change: Any, refusal: str, faul
     assert fault in capsys.readouterr().out
 
 
-def test_a_vector_of_zeros_is_nobodys_neighbour(root: Path) -> None:
+def test_a_vector_of_zeros_is_no_neighbor(root: Path) -> None:
     assert main(embed(root, "--local")) == 0
     spoil_vectors(root, zeros)
     zero = 2 * PER_SHARD + 3
@@ -246,7 +246,7 @@ def weights(path: Path, value: float) -> Path:
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0])
-def test_an_encoder_that_makes_no_vectors_is_told(value: float, root: Path, tmp_path: Path, capsys: Any) -> None:
+def test_an_encoder_with_invalid_vectors_is_named(value: float, root: Path, tmp_path: Path, capsys: Any) -> None:
     code = main(embed(root, "--local", "--pretrained", str(weights(tmp_path / "w.safetensors", value))))
     text = capsys.readouterr()
     if value == 0:  # which could be true of an image, if not of all
@@ -257,7 +257,7 @@ def test_an_encoder_that_makes_no_vectors_is_told(value: float, root: Path, tmp_
     assert "hint: " in text.err and not dataset(root).is_sealed("embeddings")
 
 
-def test_shards_without_samples_go_the_whole_way(tmp_path: Path) -> None:
+def test_shards_without_samples_pass_all_stages(tmp_path: Path) -> None:
     source, root = synthetic.drawings(tmp_path / "source", subjects=6), ["--root", str(tmp_path / "root"), "--local"]
     for number in range(2 * PER_SHARD):
         (source / f"a{number:02d}.png").write_bytes(b"no picture")

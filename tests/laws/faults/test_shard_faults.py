@@ -38,7 +38,7 @@ from tests.pipeline.synthetic import encoded, noise
 
 
 @ray
-def test_a_worker_killed_in_the_middle_of_a_shard(cluster: Any, tmp_path: Path, address: str) -> None:
+def test_a_worker_killed_in_the_middle_of_a_shard_changes_nothing(cluster: Any, tmp_path: Path, address: str) -> None:
     source, killed = write_slow_list(tmp_path / "list.parquet", address, 80, 0.15), []
 
     def kill() -> None:
@@ -53,8 +53,8 @@ def test_a_worker_killed_in_the_middle_of_a_shard(cluster: Any, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("way", ["--local", pytest.param("--workers=2", marks=[ray, pytest.mark.slow])])
-def test_the_driver_killed_in_the_middle_of_a_shard(way: str, tmp_path: Path, address: str,
-                                                    request: pytest.FixtureRequest) -> None:
+def test_a_driver_killed_in_the_middle_of_a_shard_resumes(way: str, tmp_path: Path, address: str,
+                                                          request: pytest.FixtureRequest) -> None:
     if way != "--local":
         request.getfixturevalue("cluster")
     source = write_slow_list(tmp_path / "list.parquet", address, 80, 0.03)
@@ -124,7 +124,7 @@ def test_two_drivers_on_one_folder_share_the_work(way: str, tmp_path: Path, addr
     assert files(tmp_path / "root") == undisturbed_files(tmp_path, source, address)
 
 
-def test_of_two_drivers_with_other_settings_one_wins(tmp_path: Path, address: str) -> None:
+def test_one_of_two_drivers_with_different_settings_wins(tmp_path: Path, address: str) -> None:
     source = write_slow_list(tmp_path / "list.parquet", address, 60, 0.01)
     both = {quality: start_command(*arguments(tmp_path / "root", source, address, "--local", "--quality", quality))
             for quality in ("90", "80")}
@@ -144,7 +144,7 @@ FAULTS = {"hang": "timeout", "cut": "cut", "status/500": "http_500", "loop": "to
           "garbage": "protocol", "reset": "connect", "slow-body?pause=0.6": "timeout"}
 
 
-def test_every_row_of_a_bad_web_is_accounted_for_in_time(tmp_path: Path, address: str) -> None:
+def test_every_row_of_bad_servers_is_accounted_for_in_time(tmp_path: Path, address: str) -> None:
     urls, wanted = image_urls(address, 100), Counter()
     for number, (path, reason) in enumerate(FAULTS.items()):
         for row in (number * 10 + 3, number * 10 + 4):
@@ -159,8 +159,8 @@ def test_every_row_of_a_bad_web_is_accounted_for_in_time(tmp_path: Path, address
     assert checked_manifest(tmp_path / "root", 100)["totals"]["skipped"] == wanted
 
 
-def test_a_dead_server_stops_the_run_and_a_live_one_mends_it(tmp_path: Path, capsys: Any,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_server_stops_the_run_and_a_live_one_completes_it(tmp_path: Path, capsys: Any,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     source, root = write_url_list(tmp_path / "list.parquet", image_urls(address, 2000)), tmp_path / "root"

@@ -56,8 +56,8 @@ def heavy() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("size", ["4k", "3m"], ids=["for the plan", "for a shard"])
-def test_a_full_disk_is_named_and_spoils_nothing(size: str, small_disk: Any, tmp_path: Path, heavy: str,
-                                                 capsys: Any) -> None:
+def test_a_full_disk_is_named_and_damages_nothing(size: str, small_disk: Any, tmp_path: Path, heavy: str,
+                                                  capsys: Any) -> None:
     source = write_url_list(tmp_path / "list.parquet", image_urls(heavy, 18))
     root = small_disk(size) / "root"
     command = arguments(root, source, heavy, "--local", "--resize", "no", "--samples-per-shard", "6")
@@ -154,7 +154,7 @@ def _forget() -> None:
 
 
 @pytest.mark.slow
-def test_a_store_that_is_busy_now_and_then_costs_time_only(busy: Busy, s3: str, tmp_path: Path, address: str) -> None:
+def test_a_store_that_is_sometimes_busy_only_takes_longer(busy: Busy, s3: str, tmp_path: Path, address: str) -> None:
     source = write_url_list(tmp_path / "list.parquet", image_urls(address, 60))
     busy.every = 5
     assert main(arguments(f"{s3}/root", source, address, "--local")) == 0

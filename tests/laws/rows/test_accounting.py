@@ -91,7 +91,7 @@ def file_texts(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl.gz"])
-def test_passwords_in_addresses_appear_nowhere(tmp_path, image_site, kind):
+def test_passwords_in_urls_appear_nowhere(tmp_path, image_site, kind):
     import gzip
     rows = [{"url": url, "caption": f"row {number}", "mirror": url} for number, url in enumerate((
         f"http://somebody:hidden-word@{image_site}/00.png",
@@ -119,7 +119,7 @@ def test_passwords_in_addresses_appear_nowhere(tmp_path, image_site, kind):
         assert [name for name, text in texts.items() if word in text] == []
 
 
-def test_whatever_order_downloads_end_in_the_tars_are_those_of_a_folder(tmp_path, image_site, monkeypatch):
+def test_the_order_of_downloads_does_not_change_the_tars(tmp_path, image_site, monkeypatch):
     from pipeline.downloads import downloader
     monkeypatch.setattr(downloader, "_FIRST_WAIT", 0.05)
     folder = tmp_path / "source"

@@ -61,7 +61,7 @@ def kept_positions(how: str) -> list[int]:
 
 
 @pytest.mark.parametrize("how", ["exact", "near"])
-def test_of_duplicates_the_first_stays(tmp_path, how):
+def test_the_first_of_several_duplicates_stays(tmp_path, how):
     source, results = blots(tmp_path / "source"), []
     for size in (3, 100, 1):
         dataset = Dataset.parse(str(tmp_path / f"{size}"), "x")
@@ -85,7 +85,7 @@ def test_of_duplicates_the_first_stays(tmp_path, how):
     assert results[0] == results[1] == results[2]
 
 
-def test_a_sample_that_stays_is_named_by_those_that_go(tmp_path):
+def test_removed_duplicates_name_the_sample_that_stays(tmp_path):
     dataset = Dataset.parse(str(tmp_path), "x")
     manifest = deduplicate.deduplicate_shards(Deduplicate(dataset, config(
         blots(tmp_path / "source"), duplicates="exact", samples_per_shard=3, image_size=64)), run_stage)
@@ -94,7 +94,7 @@ def test_a_sample_that_stays_is_named_by_those_that_go(tmp_path):
     assert details["11.webp"] == "duplicate: of sample 2 of shard 000003"
 
 
-def test_duplicates_among_patches(tmp_path):
+def test_duplicates_among_patches_are_removed(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for name, image in (("a.png", noise(32, 32)), ("b.png", Image.new("RGB", (32, 32), "red")),
@@ -113,7 +113,7 @@ def test_duplicates_among_patches(tmp_path):
                                                                      {"success": 0, "duplicate": 1}]
 
 
-def test_sifting_is_gone_on_with_wherever_it_was_left(tmp_path):
+def test_deduplication_resumes_from_any_point(tmp_path):
     source = blots(tmp_path / "source")
 
     def make(name: str) -> Deduplicate:
@@ -154,7 +154,7 @@ def test_sifting_is_gone_on_with_wherever_it_was_left(tmp_path):
             source, duplicates="near", samples_per_shard=4, image_size=64, duplicate_bits=2)), run_stage)
 
 
-def test_a_row_that_was_tried_again_stays_if_it_is_first_in_the_source(tmp_path, image_site):
+def test_a_retried_row_stays_if_it_is_first_in_the_source(tmp_path, image_site):
     addresses = [f"http://{image_site}/{path}" for path in ("flaky?n=1&name=sift&file=00.png", "01.png", "00.png")]
     final_stage = Deduplicate(Dataset.parse(str(tmp_path), "x"),
                               config(write_url_list(tmp_path / "list.csv", addresses), duplicates="exact"))

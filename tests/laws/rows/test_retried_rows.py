@@ -45,7 +45,7 @@ def failing_rows(image_site: str, name: str, count: int = 22) -> list[list[int]]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
-def test_rows_that_failed_are_tried_again_before_sealing(tmp_path, image_site, kind):
+def test_failed_rows_are_retried_before_sealing(tmp_path, image_site, kind):
     name = f"{kind}-again"
     source = write_url_list(tmp_path / f"list.{kind}", flaky_urls(image_site, name))
     dataset = Dataset.parse(str(tmp_path), "x")
@@ -83,7 +83,7 @@ def runner_killed_after(count: int):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
-def test_a_second_round_tries_what_still_fails_and_a_round_may_be_cut_off(tmp_path, image_site, kind):
+def test_a_second_round_retries_failed_rows_and_may_be_interrupted(tmp_path, image_site, kind):
     name = f"{kind}-rounds"
     source = write_url_list(tmp_path / f"list.{kind}", flaky_urls(image_site, name))
     dataset = Dataset.parse(str(tmp_path), "x")
@@ -110,7 +110,7 @@ def test_a_second_round_tries_what_still_fails_and_a_round_may_be_cut_off(tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
-def test_another_version_takes_over_the_shards_and_tries_the_rest(tmp_path, image_site, kind):
+def test_another_version_reuses_the_shards_and_retries_the_rest(tmp_path, image_site, kind):
     name = f"{kind}-version"
     source = write_url_list(tmp_path / f"list.{kind}", flaky_urls(image_site, name))
     failed = [[row for row in rows if row != 20] for rows in failing_rows(image_site, name)]
@@ -168,7 +168,7 @@ def test_a_version_of_another_source_is_refused(tmp_path, image_site):
         prepare(Shard(v1.next_version(), config(source), base=v1))
 
 
-def test_pictures_of_a_folder_are_tried_again(tmp_path):
+def test_images_of_a_folder_are_retried(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for name in PICTURES:
@@ -191,7 +191,7 @@ def test_pictures_of_a_folder_are_tried_again(tmp_path):
     assert {line["url"] for line in good} == {name for name in PICTURES if name != "20.png"}
 
 
-def test_what_is_in_the_source_is_not_tried_again(tmp_path):
+def test_damage_in_the_source_is_not_retried(tmp_path):
     pq.write_table(pa.table({"image": [b"no picture", PICTURES["00.png"]]}), tmp_path / "list.parquet")
     stage = Shard(Dataset.parse(str(tmp_path), "x"), config(tmp_path / "list.parquet"))
     with pytest.raises(ValueError, match="failed rows would fail again"):
@@ -199,7 +199,7 @@ def test_what_is_in_the_source_is_not_tried_again(tmp_path):
     assert run_stage(stage)["totals"]["samples"] == 1
 
 
-def test_a_hopeless_run_is_stopped_early_and_what_is_recorded_stays(tmp_path, image_site, monkeypatch):
+def test_a_hopeless_run_is_stopped_early_and_keeps_its_records(tmp_path, image_site, monkeypatch):
     monkeypatch.setattr(progress, "period", lambda folder: 0.02)
     addresses = [f"http://{image_site}/{'00.png' if number % 3 == 0 else 'gone.png' if number % 3 == 1 else 'text.jpg'}"
                  for number in range(1500)]

@@ -32,7 +32,7 @@ def test_schedule_is_the_square_of_a_ramp():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0", "flow"])
-def test_a_perfect_answer_gives_picture_and_noise_back(prediction):
+def test_a_perfect_prediction_gives_image_and_noise(prediction):
     config = DiffusionConfig(prediction=prediction)
     x0, eps = torch.rand(8, 3, 4, 4) * 2 - 1, torch.randn(8, 3, 4, 4)
     t = torch.tensor([0, 1, 50, 200, 400, 600, 800, 900])
@@ -43,7 +43,7 @@ def test_a_perfect_answer_gives_picture_and_noise_back(prediction):
     assert torch.equal(loss(config, answer, x0, eps, t), torch.zeros(8))
 
 
-def test_loss_is_per_picture():
+def test_loss_is_per_image():
     config = DiffusionConfig()
     x0, t = torch.zeros(3, 3, 4, 4), torch.tensor([1, 10, 100])
     eps = torch.randn(3, 3, 4, 4)
@@ -107,7 +107,7 @@ def test_samplers_end_where_the_ideal_flow_does(prediction, sampler, steps, boun
 
 
 @pytest.mark.parametrize("prediction, better, worse", [("epsilon", "dpm++", "ddim"), ("flow", "heun", "euler")])
-def test_a_sampler_of_second_order_is_nearer_with_as_many_steps(prediction, better, worse):
+def test_a_second_order_sampler_is_more_accurate_with_equal_steps(prediction, better, worse):
     config = DiffusionConfig(prediction=prediction)
     noise = initial_noise(3, range(4), (3, 16, 16))
     errors = {}
@@ -201,7 +201,7 @@ def test_min_snr_gives_every_target_the_weight_of_its_x0_error(prediction):
     torch.testing.assert_close(loss(config, off, x0, eps, t), 0.01 * snr.clamp(max=5), rtol=2e-2, atol=1e-5)
 
 
-def test_clamped_pictures_stay_in_range():
+def test_clamped_images_stay_in_range():
     config = DiffusionConfig()
     noise = initial_noise(0, range(2), (3, 8, 8))
     wild = Gaussian(config, 5.0, 0.1)
@@ -218,7 +218,7 @@ def test_timesteps_are_evenly_spaced_from_one():
         ddim_timesteps(1000, 1000)
 
 
-def test_starting_noise_belongs_to_the_position():
+def test_first_noise_depends_on_the_position_only():
     together = initial_noise(7, range(6), (3, 8, 8))
     apart = torch.cat([initial_noise(7, [i], (3, 8, 8)) for i in range(6)])
     assert torch.equal(together, apart)

@@ -26,7 +26,7 @@ def _awake(config: UNetConfig) -> UNet:
 
 
 @torch.no_grad()
-def test_context_is_a_set():
+def test_the_order_of_context_vectors_does_not_matter():
     net = _awake(SMALL)
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
     context = torch.nn.functional.normalize(torch.randn(2, 5, 24), dim=-1)
@@ -41,7 +41,7 @@ def test_context_is_a_set():
 
 
 @pytest.mark.parametrize("recipe, millions", [(imagenet_400m, 400.92), (laion_1p3b, 1335.48)])
-def test_released_sizes(recipe, millions):
+def test_networks_have_the_released_sizes(recipe, millions):
     with torch.device("meta"):
         net = UNet(recipe().unet)
     count = sum(weight.numel() for weight in net.parameters())
@@ -63,7 +63,7 @@ def test_released_sizes(recipe, millions):
 
 
 @pytest.mark.parametrize("patch", [1, 2, 4])
-def test_patch_keeps_the_picture_size(patch):
+def test_patches_keep_the_image_size(patch):
     net = UNet(UNetConfig(**{**SMALL.__dict__, "patch": patch}))
     x = torch.randn(1, 3, 16, 24)
     assert net(x, torch.tensor([5]), torch.randn(1, 4, 24)).shape == x.shape

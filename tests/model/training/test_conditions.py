@@ -23,7 +23,7 @@ def prepare_inputs(config: TrainConfig, step: int = 0, rank: int = 0, world: int
     return _prepare_inputs(config, batch_at, step, range(rank * share, (rank + 1) * share))
 
 
-def test_a_random_k_is_one_for_the_batch_and_another_in_other_steps():
+def test_a_random_k_is_the_same_in_a_batch_and_differs_between_steps():
     config = toy_run.config(random_k=True, k=4)
     counts = [prepare_inputs(config, step).context.shape[1] for step in range(40)]
     assert set(counts) == {1, 2, 3, 4}
@@ -31,7 +31,7 @@ def test_a_random_k_is_one_for_the_batch_and_another_in_other_steps():
         assert all(prepare_inputs(config, step, rank, 2).context.shape[1] == counts[step] for rank in (0, 1))
 
 
-def test_noise_turns_neighbours_and_leaves_their_length():
+def test_noise_rotates_neighbors_and_keeps_their_length():
     plain, noisy = (prepare_inputs(toy_run.config(k=4, p_uncond=0.0, neighbor_noise=noise, global_batch=64)).context
                     for noise in (0.0, 0.3))
     torch.testing.assert_close(plain.norm(dim=-1), noisy.norm(dim=-1))
@@ -40,21 +40,21 @@ def test_noise_turns_neighbours_and_leaves_their_length():
     assert 0.9 < cosine.mean() < 0.99 and cosine.min() < 0.95
 
 
-def test_single_neighbours_are_left_out_as_often_as_asked():
+def test_single_neighbors_are_dropped_at_the_configured_rate():
     context = prepare_inputs(toy_run.config(k=4, p_uncond=0.0, p_drop_neighbor=0.25, global_batch=512)).context
     dropped = ~context.any(-1)
     assert abs(dropped.float().mean() - 0.25) < 0.03
     assert dropped.sum(1).float().var() > 0
 
 
-def test_disturbances_belong_to_the_place_in_the_batch():
+def test_noise_and_dropping_depend_on_the_position_in_the_batch():
     config = toy_run.config(k=4, neighbor_noise=0.3, p_drop_neighbor=0.3)
     whole = prepare_inputs(config, 3).context
     halves = torch.cat([prepare_inputs(config, 3, rank, 2).context for rank in range(2)])
     assert torch.equal(whole, halves)
 
 
-def test_the_own_vector_stands_first_and_is_not_disturbed():
+def test_the_own_vector_is_first_and_unchanged():
     config = toy_run.config(k=4, p_uncond=0.0, p_drop_neighbor=1.0, own="image", context_norm=2.0)
     own = np.random.default_rng(0).standard_normal((8, toy_run.CODE)).astype(np.float16)
     context = prepare_inputs(config, own=own).context
@@ -63,7 +63,7 @@ def test_the_own_vector_stands_first_and_is_not_disturbed():
     assert not context[:, 1:].any()
 
 
-def test_a_learned_null_stands_for_zeros_and_learns():
+def test_a_learned_null_replaces_zeros_and_learns():
     net = UNet(replace(toy_run.UNET, learned_null=True))
     with torch.no_grad():
         for weight in net.parameters():
@@ -79,7 +79,7 @@ def test_a_learned_null_stands_for_zeros_and_learns():
     assert net.null.grad.abs().sum() > 0
 
 
-def test_what_was_there_before_the_choices_is_the_same_run_still():
+def test_settings_of_earlier_runs_are_read_unchanged():
     config = toy_run.config()
     old = to_dict(config)
     for name in ("context_norm", "random_k", "p_drop_neighbor", "neighbor_noise", "own", "image_size", "ema_more",

@@ -64,7 +64,7 @@ def test_resumed_is_never_stopped(tmp_path):
                                                         pytest.param(2, "fsdp", False, marks=pytest.mark.slow),
                                                         pytest.param(2, "fsdp", True, marks=pytest.mark.slow),
                                                         pytest.param(3, "fsdp", False, marks=pytest.mark.slow)])
-def test_some_processes_equal_one(tmp_path, world, way, half_way):
+def test_several_processes_train_like_one(tmp_path, world, way, half_way):
     config = toy_run.config(steps=4)
     _, alone = _run(replace(config, checkpoint_every=2), tmp_path)
     with socket.socket() as probe:
@@ -97,7 +97,7 @@ def test_some_processes_equal_one(tmp_path, world, way, half_way):
         assert moved < config.lr and far < 0.001 * sum(a[k].numel() for k in a)
 
 
-def test_more_processes_than_pictures_are_refused(monkeypatch):
+def test_more_processes_than_images_are_refused(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 9)
@@ -105,7 +105,7 @@ def test_more_processes_than_pictures_are_refused(monkeypatch):
         _run(toy_run.config(), "nowhere")
 
 
-def test_randomness_does_not_know_the_processes():
+def test_randomness_does_not_depend_on_the_processes():
     whole = randomness.noise(1, "noise", 9, range(8), (3, 4, 4))
     levels = randomness.timesteps(1, 9, range(8), 1000)
     dropped = randomness.dropout_mask(1, 9, range(1000), 0.1)
@@ -149,14 +149,14 @@ def test_averages_of_several_rates_are_kept_resumed_and_loaded(tmp_path):
         load_denoiser(folder, rate=0.7)
 
 
-def test_how_a_share_is_worked_on_changes_nothing(tmp_path):
+def test_accumulation_and_memory_layout_change_nothing(tmp_path):
     _, whole = _run(toy_run.config(steps=4), tmp_path / "whole")
     _, parts = _run(toy_run.config(steps=4, accumulate=3, channels_last=True), tmp_path / "parts")
     for key in ("loss", "grad_norm"):
         assert [r[key] for r in whole] == pytest.approx([r[key] for r in parts], rel=1e-4)
 
 
-def test_a_record_tells_losses_by_noise_level_and_what_the_machine_did(tmp_path):
+def test_a_record_has_losses_by_noise_level_and_machine_metrics(tmp_path):
     _, records = _run(toy_run.config(steps=8, log_every=4, global_batch=16), tmp_path)
     levels = torch.cat([randomness.timesteps(5, step, range(16), 1000) for step in range(4)])
     counts = [int(((levels * 4 // 1000) == quarter).sum()) for quarter in range(4)]
@@ -243,7 +243,7 @@ def test_a_batch_that_does_not_fit_is_refused(tmp_path):
         _run(toy_run.config(k=6), tmp_path)
 
 
-def test_the_network_comes_back_as_it_was_saved(tmp_path):
+def test_a_saved_network_is_loaded_unchanged(tmp_path):
     config = toy_run.config(steps=2)
     _run(config, tmp_path)
     averaged, loaded_config = load_denoiser(tmp_path / "0000002")

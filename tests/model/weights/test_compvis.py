@@ -51,11 +51,11 @@ def shapes(name: str) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_the_unet_answers_as_the_published_code(unet, io):
+def test_the_unet_gives_the_outputs_of_the_published_code(unet, io):
     torch.testing.assert_close(unet(io["x"], io["t"], io["context"]), io["eps"], rtol=0, atol=1e-4)
 
 
-def test_the_first_stage_answers_as_the_published_code(autoencoder, io):
+def test_the_first_stage_gives_the_outputs_of_the_published_code(autoencoder, io):
     mean, log_variance = io["moments"].chunk(2, 1)
     encoded_mean, deviation = autoencoder.moments(io["image"])
     torch.testing.assert_close(encoded_mean, mean, rtol=0, atol=1e-4)
@@ -156,7 +156,7 @@ def test_no_code_of_a_checkpoint_runs(small, tmp_path):
      "no weights of a UNet"),
     (lambda state: state.pop(next(name for name in state if name.startswith("model_ema.diffusion"))), "lacks"),
     (lambda state: state.update({"betas": torch.linspace(0.001, 0.02, 1000)}), "squares of a linear ramp")])
-def test_what_is_no_released_checkpoint_is_refused_in_words(small, tmp_path, break_it, said):
+def test_a_file_that_is_no_released_checkpoint_has_a_clear_message(small, tmp_path, break_it, said):
     path = checkpoint(small, tmp_path / "model.ckpt")
     whole = torch.load(path, weights_only=True)
     break_it(whole["state_dict"])
@@ -165,14 +165,14 @@ def test_what_is_no_released_checkpoint_is_refused_in_words(small, tmp_path, bre
         compvis.read(path)
 
 
-def test_a_file_that_was_cut_short_is_refused_in_words(small, tmp_path):
+def test_a_cut_checkpoint_has_a_clear_message(small, tmp_path):
     path = checkpoint(small, tmp_path / "model.ckpt")
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="cannot be read as weights"):
         compvis.read(path)
 
 
-def test_weights_of_something_else_are_refused(small):
+def test_weights_of_another_model_are_refused(small):
     with pytest.raises(ValueError, match="not the weights of a UNet"):
         compvis.unet_config(small.first_stage)
     with pytest.raises(ValueError, match="not the weights of a first stage"):

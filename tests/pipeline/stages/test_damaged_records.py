@@ -29,7 +29,7 @@ def unfinished(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("damage", [*_DAMAGE, "another item", "text for a number", "no plan", "deep info",
                                     "a file outside", "a whole address"])
 def test_the_item_of_a_damaged_record_is_processed_again(unfinished: Path, tmp_path: Path, damage: str,
-                                                    caplog: pytest.LogCaptureFixture) -> None:
+                                                         caplog: pytest.LogCaptureFixture) -> None:
     path = unfinished / "records/000001.json"
     record = json.loads(path.read_text())
     deep: dict[str, object] = {}

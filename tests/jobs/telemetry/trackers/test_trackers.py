@@ -257,6 +257,6 @@ def test_a_missing_package_is_named_before_any_work(tmp_path: Path, package: str
     assert not storage.list_folders(str(tmp_path))
 
 
-def test_none_beside_another_tracker_is_invalid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_none_together_with_another_tracker_is_invalid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["embed", "drawn", "--root", str(tmp_path), "--local", "--tracker", "none", "--tracker", "wandb"]) == 2
     assert "--tracker none was given with --tracker wandb" in capsys.readouterr().err

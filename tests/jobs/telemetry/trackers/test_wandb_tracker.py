@@ -151,8 +151,7 @@ def _kill(process: "subprocess.Popen[str]", after: float = 0.0) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.0, pytest.param(4.0, marks=pytest.mark.slow)])  # before wandb writes, and after
-def test_the_steps_of_a_killed_session_are_told_once_by_the_next_one(tmp_path: Path, session: Any,
-                                                                     seconds: float) -> None:
+def test_the_next_session_logs_the_steps_of_a_killed_one_once(tmp_path: Path, session: Any, seconds: float) -> None:
     run = tmp_path / "runs/small"
     _kill(session(0, 15, 0), seconds)
     assert session(12, 20, 1).wait(60) == 0
@@ -162,7 +161,7 @@ def test_the_steps_of_a_killed_session_are_told_once_by_the_next_one(tmp_path: P
 
 
 @pytest.mark.slow
-def test_sessions_that_finished_stay_and_those_that_were_killed_do_not(tmp_path: Path, session: Any) -> None:
+def test_finished_sessions_stay_and_killed_ones_are_set_aside(tmp_path: Path, session: Any) -> None:
     run = tmp_path / "runs/small"
     assert session(0, 12, 1).wait(60) == 0
     time.sleep(1.1)
@@ -178,7 +177,7 @@ def test_sessions_that_finished_stay_and_those_that_were_killed_do_not(tmp_path:
         1 / step for step in range(1, 34)]
 
 
-def test_validations_of_a_killed_session_are_told_with_their_images(tmp_path: Path, session: Any) -> None:
+def test_the_next_session_logs_the_validations_of_a_killed_one(tmp_path: Path, session: Any) -> None:
     run = tmp_path / "runs/small"
     (run / "validation").mkdir(parents=True)
     for step in (6, 12):
@@ -193,7 +192,7 @@ def test_validations_of_a_killed_session_are_told_with_their_images(tmp_path: Pa
     assert len(list((folder / "files/media/images").glob("validation_*.png"))) == 2
 
 
-def test_steps_that_are_repeated_after_a_damaged_checkpoint_are_told_once(tmp_path: Path, session: Any) -> None:
+def test_steps_repeated_after_a_damaged_checkpoint_are_logged_once(tmp_path: Path, session: Any) -> None:
     assert session(0, 12, 1).wait(60) == 0
     time.sleep(1.1)
     assert session(6, 20, 1).wait(60) == 0
@@ -214,7 +213,7 @@ def test_a_run_of_an_earlier_version_is_one_curve(tmp_path: Path, session: Any, 
     assert _steps(_unfinished(run)) == [list(range(1, 12 if killed else 13))]
 
 
-def test_an_online_session_leaves_offline_ones_alone_and_tells_nothing_again(tmp_path: Path, monkeypatch) -> None:
+def test_an_online_session_ignores_offline_ones_and_logs_nothing_again(tmp_path: Path, monkeypatch) -> None:
     run = Run.parse(str(tmp_path), "small")
     folder = tmp_path / "runs/small/wandb/offline-run-20260101_000000-abc"
     folder.mkdir(parents=True)
@@ -230,7 +229,7 @@ def test_an_online_session_leaves_offline_ones_alone_and_tells_nothing_again(tmp
     assert not folder.exists() and (tmp_path / "runs/small/wandb-unfinished" / folder.name).exists()
 
 
-def test_a_session_that_was_set_aside_meanwhile_does_not_count_as_finished(tmp_path: Path, session: Any) -> None:
+def test_a_session_that_was_set_aside_does_not_count_as_finished(tmp_path: Path, session: Any) -> None:
     run = tmp_path / "runs/small"
     # It lost its driver, and does not know of it.
     replaced_session = session(0, 12, 1, WAITS_FOR=str(tmp_path / "next"))
@@ -245,7 +244,7 @@ def test_a_session_that_was_set_aside_meanwhile_does_not_count_as_finished(tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lines", [15, 400])
-def test_a_run_killed_and_resumed_is_one_curve_offline(root: Path, lines: int) -> None:
+def test_a_killed_and_resumed_run_is_one_curve_offline(root: Path, lines: int) -> None:
     process = subprocess.Popen(_train(root, "--steps", "5000"), env=_environment(), stderr=subprocess.DEVNULL)
     curve = root / "runs/small/metrics.jsonl"
     end = time.monotonic() + 120
@@ -279,7 +278,7 @@ def test_a_run_killed_and_resumed_is_one_curve_offline(root: Path, lines: int) -
     assert config["code"] and config["global_batch"] == 4
 
 
-def test_stages_are_jobs_of_one_group_and_nobody_is_told_unasked(root: Path, monkeypatch) -> None:
+def test_stages_are_jobs_of_one_group_and_no_tracker_is_used_by_default(root: Path, monkeypatch) -> None:
     monkeypatch.delenv("WANDB_MODE")
     for arguments in ([], ["--tracker", "wandb"]):
         shutil.rmtree(root / "datasets/drawn/v1/index")
@@ -319,7 +318,7 @@ def test_text_of_others_has_no_control_characters(tmp_path: Path, monkeypatch: p
     assert not any(map(RAW.search, _texts(session)))
 
 
-def test_none_is_none(root: Path) -> None:
+def test_none_means_no_tracker(root: Path) -> None:
     subprocess.run(_train(root, "--steps", "2", "--tracker", "none"), env=_environment(), check=True,
                    capture_output=True)
     assert not (root / "runs/small/wandb").exists() and not (root / "runs/small/wandb.json").exists()
@@ -330,13 +329,13 @@ def test_none_is_none(root: Path) -> None:
     (["wandb"], False, "", ["wandb"]), (["auto"], True, "", ["wandb"]), ([], True, "", ["wandb"]), ([], False, "", []),
     (["none"], True, "", []), (["wandb", "mlflow"], True, "disabled", ["mlflow"]), (["mlflow"], True, "", ["mlflow"]),
     (["tensorboard", "auto"], True, "", ["wandb", "tensorboard"])])
-def test_which_trackers_a_command_has(choices: list[str], by_default: bool, mode: str, names: list[str],
-                                      monkeypatch) -> None:
+def test_a_command_has_the_configured_trackers(choices: list[str], by_default: bool, mode: str, names: list[str],
+                                               monkeypatch) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
     assert trackers.chosen(choices, by_default=by_default) == names
 
 
-def test_inputs_become_artifacts_told_apart_by_content() -> None:
+def test_inputs_become_artifacts_by_content() -> None:
     inputs = {"shards": {"path": "datasets/a/v1/shards", "digest": "1" * 64},
               "neighbors": {"path": "datasets/a/v1/neighbors/b@v2", "digest": "2" * 64}}
     shards, neighbors = wandb_tracker.make_artifacts(inputs)
@@ -348,7 +347,7 @@ def test_inputs_become_artifacts_told_apart_by_content() -> None:
 
 
 @pytest.mark.slow
-def test_a_tracker_that_fails_stops_nothing(root: Path) -> None:
+def test_a_failed_tracker_does_not_stop_the_run(root: Path) -> None:
     (root / "runs/small").mkdir(parents=True)
     (root / "runs/small/wandb").write_text("no folder can be made here")
     done = subprocess.run(_train(root, "--steps", "2"), env=_environment() | {"WANDB_DIR": "/proc/none"},
