@@ -21,6 +21,15 @@ export PATH RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/token RAY_USAGE_STATS
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0  # nodes that are all leaving have nobody to leave work to
 unset RAY_ADDRESS RAY_AUTH_TOKEN
 
+said=0
+say() { echo "one-machine: $*" >&2 && said=$SECONDS; }
+
+# Says every five seconds what it waits for.
+wait_for() {
+  sleep 0.2
+  [ $((SECONDS - said)) -lt 5 ] || say "waiting for $1, $SECONDS s after the start"
+}
+
 alive() { [ -f "$STATE/$1.pid" ] && kill -0 "$(cat "$STATE/$1.pid")" 2>/dev/null; }
 
 # A node in the background: `ray start` with --block ends its own processes when it is told to, and no one else's.
@@ -30,9 +39,10 @@ node() {
   alive "$name" && return
   for left in 2 1 0; do
     start "$@"
+    say "starting $name"
     while alive "$name"; do
       grep -q "Ray runtime started" "$STATE/$name.log" && return
-      sleep 0.2
+      wait_for "$name"
     done
   done
   tail -n 5 "$STATE/$name.log" >&2
@@ -75,7 +85,7 @@ up() {
     --ray-client-server-port=$((AGENT_PORT + 100))
   until python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$DASHBOARD_PORT/api/gcs_healthz')" 2>/dev/null; do
     alive head || { tail -n 5 "$STATE/head.log" >&2 && exit 1; }
-    sleep 0.5
+    wait_for "the dashboard"
   done
   # A GPU that does not work is not offered, so --gpus 1 fails, rather than compute on the CPU.
   local gpus=()
@@ -86,6 +96,7 @@ up() {
     node "worker-$number" --address="127.0.0.1:$PORT" --num-cpus=$((cores > 1 ? cores : 1)) \
       --dashboard-agent-listen-port=$((AGENT_PORT + number)) "${more[@]}"
   done
+  say "ready after $SECONDS s: $workers worker(s), dashboard http://127.0.0.1:$DASHBOARD_PORT"
   echo "export RAY_ADDRESS=127.0.0.1:$PORT RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD_PORT"
   echo "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/token"
 }
@@ -98,8 +109,9 @@ down() {
     rm "$file"
   done
   for pid in "${pids[@]}"; do
-    while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
+    while kill -0 "$pid" 2>/dev/null; do wait_for "the end of Ray"; done
   done
+  say "ended"
 }
 
 case ${1:-} in

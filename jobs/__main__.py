@@ -1,5 +1,6 @@
 """Entry point of `rdm VERB ...` and `python -m jobs VERB ...`."""
 
+import gc
 import os
 import signal
 import sys
@@ -41,6 +42,7 @@ def run_program() -> int:
         code = _STOPPED
         sys.stderr.write(said)
     interrupts.ignore(code)  # the work is done, and the exit code says so
+    gc.freeze()  # Python would search all objects of torch and the like for cycles at its end, which takes a second
     return code
 
 

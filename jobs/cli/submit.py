@@ -23,7 +23,7 @@ import tyro
 
 from jobs.cli.options import STOPPED, Words
 from jobs.cli.parse import parse_command
-from jobs.telemetry import output
+from jobs.telemetry import heartbeat, output
 from pipeline import storage
 from pipeline.datasets.signatures import RELEASE_KEY, public_text, read_release_keys, refuse_key_text
 
@@ -200,7 +200,8 @@ def run_submission(submission: Submission, options: SubmitOptions) -> int:
         _say(f"{submission.name}-a{number}", number, _newest(client, submission)[1])
         return 0
     for retries_left in reversed(range(options.retries + 1)):
-        info = _follow(client, submission, number)
+        with heartbeat.doing("submit: waiting for the job"):
+            info = _follow(client, submission, number)
         code = exit_code(info)
         # A retry does not help after invalid usage (2), and a user stopped a job that is STOPPED.
         if code in {0, 2} or str(info and info.status) == "STOPPED" or not retries_left:
@@ -268,14 +269,23 @@ def _follow(client: Any, submission: Submission, number: int) -> Any:
 
 
 async def _tail(client: Any, name: str, shown: int) -> int:
-    """Show a log after its first `shown` characters. Returns its length in characters."""
-    seen = 0
+    """Show a log after its first `shown` characters, in whole lines. Returns its length in characters.
+
+    A piece of a log may end inside a line, or inside the sequence of a color.
+    """
+    seen, rest = 0, ""
     async for text in client.tail_job_logs(name):
-        sys.stderr.write(output.plain_log(text[max(0, shown - seen):]))
-        sys.stderr.flush()
+        lines, newline, rest = (rest + text[max(0, shown - seen):]).rpartition("\n")
         seen += len(text)
-        shown = max(shown, seen)
-    return shown
+        _write_log(lines + newline)
+    if output.plain_log(rest).strip():
+        _write_log(f"{rest}\n")
+    return max(shown, seen)
+
+
+def _write_log(text: str) -> None:
+    sys.stderr.write(output.plain_log(text))
+    sys.stderr.flush()
 
 
 def _client(address: str) -> Any:

@@ -1,7 +1,8 @@
 """SIGTERM ends a command as Ctrl-C does: with cleanup, and with a message how to continue.
 
 Python runs the handler of a signal in the main thread, after the native code that this thread is in. So there are two
-stages: if a command has not ended `SECONDS` after a SIGTERM, another thread ends it.
+stages: if a command has not ended `SECONDS` after a SIGTERM, another thread ends it. The same holds for a Ctrl-C that
+comes inside of an import.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 SECONDS = 8.0
-"""Seconds between a SIGTERM and the second stage."""
+"""Seconds between the signal and the second stage."""
 _IMPORTS = "<frozen importlib._bootstrap>"
 _LOOK_AGAIN_S = 0.1
 _BOTH: set[int] = {signal.SIGTERM, signal.SIGINT}
@@ -118,10 +119,10 @@ def _start_second_stage() -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt, but not inside of an import: libraries swallow it, or turn it into another error."""
-    if number == signal.SIGTERM:
-        _start_second_stage()
     while frame is not None and frame.f_code.co_filename != _IMPORTS:
         frame = frame.f_back
+    if frame is not None or number == signal.SIGTERM:
+        _start_second_stage()
     if frame is None:
         raise KeyboardInterrupt
     again = threading.Timer(_LOOK_AGAIN_S, os.kill, (os.getpid(), number))

@@ -51,7 +51,6 @@ class LiveLine:
                 if text := self._second_line():
                     yield _cut_text(f"  {text}")
 
-        heartbeat.note_output()
         console = Console(stderr=True, highlight=False)
         cells = _BAR_CELLS if shutil.get_terminal_size().columns >= _NARROW else _NARROW_CELLS
         self._below, self._done, self._changed, self._open = "", -1.0, time.monotonic(), True
@@ -82,11 +81,10 @@ class LiveLine:
     def close(self) -> None:
         """Leave the last state of the bar on the terminal, and give stderr back."""
         self._open = False
-        heartbeat.refresh_by(None)
         with interrupts.defer_interrupts():
             self._progress.stop()
+        heartbeat.refresh_by(None)
         logs.redirect_lines(None)
-        heartbeat.note_output()
 
     def _second_line(self) -> str:
         if not self._open:  # the log names losses at the end

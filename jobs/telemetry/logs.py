@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jobs.runs.labels import stage_labels
-from jobs.telemetry import heartbeat, output
+from jobs.telemetry import output
 from pipeline import storage
 from pipeline.stages.types import current_item
 
@@ -35,7 +35,6 @@ class _Stderr(logging.StreamHandler):
         self.write: Callable[[str], None] | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        heartbeat.note_output()
         if self.write is None:
             super().emit(record)
             return
@@ -159,7 +158,6 @@ def log_exit(text: str, level: int = logging.ERROR, **fields: Any) -> None:
         return  # the first process of this machine says it
     text = output.add_root(text, _root)
     if current_format() == "text":
-        heartbeat.note_output()
         sys.stderr.write(_escape(f"error: {text}" if level == logging.ERROR else text) + "\n")
         return
     said, _, hint = text.partition("\nhint: ")
@@ -177,7 +175,6 @@ def _format_warning(message: Warning | str, category: type[Warning], filename: s
 
 def _print_exception(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
     """Print the traceback of an unhandled error. Its message may quote files of others."""
-    heartbeat.note_output()
     sys.stderr.write(_escape("".join(traceback.format_exception(kind, error, trace))))
 
 

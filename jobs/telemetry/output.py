@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jobs.telemetry import heartbeat
 from pipeline import storage
 
 PROGRAM = "rdm" if Path(sys.argv[0]).name == "rdm" else "python -m jobs"
@@ -23,7 +22,6 @@ _COLOR = re.compile("\x1b\\[[0-9;]*m")
 
 def print_text(text: str, end: str = "\n") -> None:
     """Print text. Control characters become visible escapes, except for line ends, tabs and bold type."""
-    heartbeat.note_output()
     print(escape_text(text), end=end, flush=True)
 
 
@@ -44,7 +42,6 @@ def escape_document(value: Any) -> Any:
 
 def print_json(document: Any, indent: int | None = None) -> None:
     """Print a JSON document. Characters outside of ASCII are escaped."""
-    heartbeat.note_output()
     print(json.dumps(document, indent=indent, ensure_ascii=True), flush=True)
 
 
