@@ -24,7 +24,7 @@ _FAST = {
 }
 _SLOW = ("rebuild art --source {images} --image-size 32 --local", "style mine --source {images}",
          "shard art --source {images} --image-size 32", "embed drawn --overwrite", "search drawn apple", "doctor",
-         "sample apple --database drawn --steps 5000 --local")
+         "sample apple --database drawn --steps 999 --count 50 --local")
 
 
 @pytest.fixture(scope="module")

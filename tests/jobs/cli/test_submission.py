@@ -1,18 +1,20 @@
 """The parts of a job before it is sent: name, words, variables and files."""
 
+import asyncio
 import json
 import logging
 import os
 import re
 import shlex
 import subprocess
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from jobs.cli.main import main
 from jobs.cli.parse import parse_command
-from jobs.cli.submit import Submission, _entrypoint, _without_key, make_submission
+from jobs.cli.submit import Submission, _entrypoint, _tail, _without_key, make_submission
 
 ROOT = "s3://bucket/root"
 
@@ -178,3 +180,14 @@ def test_a_dry_run_of_a_pipeline_prints_dependencies(tmp_path: Path, drawn_pictu
     times = {folder: (folder / "manifest.json").stat().st_mtime_ns for folder in folders}
     assert main(pipeline) == 0
     assert times == {folder: (folder / "manifest.json").stat().st_mtime_ns for folder in folders}
+
+
+def test_the_log_of_a_job_is_shown_in_whole_lines_without_colors(capsys: pytest.CaptureFixture[str]) -> None:
+    class Client:
+        async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+            for piece in ("seen al", "ready\nfirst\x1b[3", "6m line\nsec", "ond\n", "last\x1b", "[0m"):
+                yield piece
+
+    assert asyncio.run(_tail(Client(), "job", len("seen already\n"))) == len(
+        "seen already\nfirst\x1b[36m line\nsecond\nlast\x1b[0m")
+    assert capsys.readouterr().err == "first line\nsecond\nlast\n"
