@@ -49,7 +49,7 @@ class _Watched:
 
 def start(verb: str, is_live: Callable[[], bool]) -> None:
     """Watch this process from now on. `is_live`: whether a line of stderr can be rewritten."""
-    sys.stdout, sys.stderr = _Watched(sys.stdout), _Watched(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Watched(sys.stdout), _Watched(sys.stderr)
     _remove_line()
     _doing.append((verb, time.monotonic()))
     threading.Thread(target=_watch, args=(is_live,), name="heartbeat", daemon=True).start()
