@@ -4,7 +4,7 @@
 #     efa.sh VERSION        # of the EFA installer, such as 1.51.0; it brings the plugin
 #
 # Run it after the Python packages: the plugin opens libcudart.so, and torch brings a libcudart.so.13 alone.
-# The kernel module and the limits are those of the machine. An image with EFA also runs where there is none.
+# The machine has the kernel module and the limits. An image with EFA also runs on machines without it.
 set -euo pipefail
 
 VERSION=${1:?VERSION of the EFA installer is missing}
@@ -33,8 +33,8 @@ signer=$(gpg --batch --status-fd 1 --verify "$ARCHIVE.sig" "$ARCHIVE" | awk '$2 
   "expected: a signature of $FINGERPRINT; got: ${signer:-no valid signature}" "look for a new key in AWS's documentation of EFA"
 
 tar -xf "$ARCHIVE"
-# --no-verify skips the search for devices, which a build has not. From 1.48 on the installer takes NVIDIA's base images for
-# NGC images and leaves the plugin out, unless it is told otherwise.
+# --no-verify skips the search for devices, because a build has none. From 1.48 on the installer treats NVIDIA's base images
+# as NGC images and leaves the plugin out, unless a flag forbids it.
 (cd aws-efa-installer && ./efa_installer.sh -y --skip-kmod --skip-limit-conf --no-verify --disable-ngc)
 rm -rf /var/lib/apt/lists/*
 

@@ -28,7 +28,7 @@ _began = time.monotonic()
 
 
 def saw(what: str, value: object, good: bool) -> None:
-    """Note something that was seen, and whether it is as it must be."""
+    """Print an observation, and whether it is right."""
     _seen.append((what, str(value), good))
     print(f"[{time.monotonic() - _began:4.0f} s] {'ok   ' if good else 'WRONG'} {what}: {value}", flush=True)
 
@@ -52,7 +52,7 @@ class Job:
                                             stderr=log, text=True)
 
     def wait(self) -> tuple[int, dict[str, Any]]:
-        """The exit code, and what the verb said on its stdout, which is in the log of the job."""
+        """The exit code, and the JSON that the verb printed, which is in the log of the job."""
         code = self.process.wait()
         lines = self.log.read_text()[self.began:].splitlines()
         said = [json.loads(line[line.index('{"dataset"'):]) for line in lines if '{"dataset"' in line]
@@ -105,7 +105,9 @@ class Reader(threading.Thread):
 
     def __init__(self, name: str) -> None:
         super().__init__(daemon=True)
-        self.name_, self.ended, self.versions, self.faults, self.drawn = name, threading.Event(), [], [], 0
+        self.database, self.ended, self.sampled = name, threading.Event(), 0
+        self.versions: list[str] = []
+        self.faults: list[str] = []
 
     def run(self) -> None:
         """Sample and check the version of the neighbors, until it is stopped."""
@@ -114,11 +116,11 @@ class Reader(threading.Thread):
         from pipeline.datasets.metadata import metadata
         os.environ.pop("RAY_ADDRESS", None)  # in this process alone, without the cluster
         assert main(["convert", "emoji_32", "--checkpoint", "model/emoji_32", "--root", ROOT,
-                         "--database", self.name_]) == 0
+                         "--database", self.database]) == 0
         while not self.ended.is_set():
-            name = f"reader-{self.drawn:04d}"
+            name = f"reader-{self.sampled:04d}"
             code = main(["sample", "emoji_32", "--recipe", "emoji_32", "--prompt", "red apple", "--prompt", "cat",
-                             "--steps", "6", "--database", self.name_, "--name", name, "--seed", str(self.drawn),
+                             "--steps", "6", "--database", self.database, "--name", name, "--seed", str(self.sampled),
                              "--root", ROOT, "--local"])
             if code:
                 self.faults.append(f"{name} ended with {code}")
@@ -132,7 +134,7 @@ class Reader(threading.Thread):
                     for image in samples["pictures"] for neighbor in image["neighbors"]}
             if not used <= there or {image["database"] for image in samples["pictures"]} != {label}:
                 self.faults.append(f"{name} used images that {label} does not have")
-            self.drawn += 1
+            self.sampled += 1
             self.versions.append(version.version)
             self.ended.wait(3)
 
@@ -192,7 +194,7 @@ def spoil(name: str) -> None:
 
 
 def show() -> None:
-    """All of it, in order."""
+    """Run all steps in order."""
     sources()
     for name in STYLES:
         code, said = Job(name).wait()
@@ -201,7 +203,7 @@ def show() -> None:
             raise RuntimeError(f"the log is {FOLDER}/rebuild-{name}.log")
     reader = Reader("noto")
     reader.start()
-    until("a first image of the reader", lambda: reader.drawn or reader.faults)
+    until("a first image of the reader", lambda: reader.sampled or reader.faults)
     change("noto")
     job = Job("noto", retries=2)
     until("the second version", lambda: store().exists(f"{ROOT}/datasets/noto/v2/shards/plan.json"))
@@ -219,7 +221,7 @@ def show() -> None:
     counts = {name: said.get(name) for name in ("added", "changed", "removed")}
     saw("noto@v2 published by the next attempt", f"exit {code}, {counts}", code == 0 and
         tuple(counts.values()) == (ADDED, CHANGED, REMOVED) and pointer("noto")["version"] == "v2")
-    saw("images embedded again", f"{said.get('embedded')}; {said.get('reused')} vectors taken over",
+    saw("images embedded again", f"{said.get('embedded')}; {said.get('reused')} vectors reused",
         said.get("embedded") == ADDED + CHANGED)
     spoil("twemoji")
     job = Job("twemoji")
@@ -234,7 +236,7 @@ def show() -> None:
     reader.ended.set()
     reader.join(60)
     order = [version for version, _ in groupby(reader.versions)]
-    saw("what the reader drew from", f"{reader.drawn} times: {' -> '.join(order)}; "
+    saw("versions that the reader sampled from", f"{reader.sampled} times: {' -> '.join(order)}; "
         f"{'; '.join(reader.faults) or 'each time one whole version'}",
         not reader.faults and order == ["v1", "v2", "v1"])
     done = jobs("verify", "--against", "current", "--root", ROOT)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The whole life of published databases on this machine, in five to ten minutes; prints what it saw.
+# The life of published databases on this machine, in five to ten minutes. Prints each event with its result.
 #
-#     make setup && infra/local.sh [FOLDER]          # what it makes, and its logs, are in FOLDER (data/local)
+#     make setup && infra/local.sh [FOLDER]          # files and logs are in FOLDER (data/local)
 #
-# A server that speaks S3, a Ray cluster of a head and three workers with a token, Prometheus where it is installed; four
-# style databases published by jobs; pictures added, changed and removed; a node and a driver killed while one of them is
-# rebuilt; a source half of which became noise; a rollback. Somebody draws from one of the databases all the while.
-# Ends with 1 if anything was not as it must be.
+# It starts a server that speaks S3, a Ray cluster of a head and three workers with a token, and Prometheus if that is
+# installed. Jobs publish four style databases. Images are added, changed and removed, and one database is rebuilt while a
+# node and the driver are killed. Half of another source becomes noise. A version is rolled back. A reader samples from
+# one of the databases all the time. Ends with 1 if a result is wrong.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "$0")/.." && pwd)

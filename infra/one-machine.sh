@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A Ray cluster on this machine, with a dashboard, a job server and a token: what the clusters beside this file are, in small.
+# A Ray cluster on this machine, with a dashboard, a job server and a token: a small version of the other clusters here.
 #
 #     eval "$(infra/one-machine.sh up)"              # a head without work, and a worker with all cores and GPUs
 #     python -m jobs submit --wait demo --root "$PWD/data/demo"
 #     infra/one-machine.sh down
 #
-# `up 3` makes three workers that share the cores, to try out what happens when one goes. The dashboard listens on 127.0.0.1;
-# Ray's other ports listen where this machine is reached, and want the token.
-# PORT, DASHBOARD_PORT and AGENT_PORT are where; token, logs and process ids are in RDM_STATE.
+# `up 3` makes three workers that share the cores, to try the loss of one. The dashboard listens on 127.0.0.1. Ray's other
+# ports listen on all interfaces of this machine, and need the token.
+# PORT, DASHBOARD_PORT and AGENT_PORT set the ports. RDM_STATE has the token, logs and process ids.
 set -euo pipefail
 
 PORT=${PORT:-6379} DASHBOARD_PORT=${DASHBOARD_PORT:-8265} AGENT_PORT=${AGENT_PORT:-52365}
@@ -18,7 +18,7 @@ BIN=$HERE/../.venv/bin
 STORE=200000000  # bytes of each node's object store
 [ -x "$BIN/ray" ] && PATH=$BIN:$PATH
 export PATH RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/token RAY_USAGE_STATS_ENABLED=0
-export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0  # nodes that are all leaving have nobody to leave work to
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0  # all nodes end, so no node can take over work
 unset RAY_ADDRESS RAY_AUTH_TOKEN
 
 said=0
@@ -32,8 +32,8 @@ wait_for() {
 
 alive() { [ -f "$STATE/$1.pid" ] && kill -0 "$(cat "$STATE/$1.pid")" 2>/dev/null; }
 
-# A node in the background: `ray start` with --block ends its own processes when it is told to, and no one else's.
-# On a busy machine one may not be up within Ray's half a minute; then it is tried again.
+# A node in the background: with --block `ray start` ends its own processes on SIGTERM, and no others. On a busy machine a
+# node may need more than Ray's half a minute; then it is started again.
 node() {
   local name=$1 left
   alive "$name" && return
@@ -49,7 +49,7 @@ node() {
   exit 1
 }
 
-# Ray puts its object stores in /tmp where they do not fit into shared memory, which NCCL needs too. A container has 64 MB.
+# Ray puts its object stores in /tmp if they do not fit into shared memory, which NCCL needs too. A container has 64 MB.
 check_shared_memory() {
   local wanted=$((STORE * ($1 + 1))) left
   left=$(df --output=avail -B1 /dev/shm | tail -n 1)
@@ -70,7 +70,7 @@ up() {
   local workers=${1:-1} cores
   check_shared_memory "$workers"
   mkdir -p "$STATE" "$RAY_FOLDER"
-  # Everybody may make names in /tmp, this one too.
+  # Every user can create names in /tmp, also this one.
   if [ -L "$RAY_FOLDER" ] || [ ! -O "$RAY_FOLDER" ]; then
     printf 'error: %s is a link or belongs to another user\nhint: another PORT\n' "$RAY_FOLDER" >&2
     exit 2
@@ -78,7 +78,7 @@ up() {
   chmod 700 "$STATE" "$RAY_FOLDER"
   [ -s "$STATE/token" ] || (umask 077 && python -c 'import secrets; print(secrets.token_hex(32))' >"$STATE/token")
   cores=$(nproc)
-  # Logical cores: with as many as there are, workers, their driver and Ray itself starve each other on small machines.
+  # At least four logical cores: with fewer, workers, their driver and Ray itself starve each other on small machines.
   cores=$(((cores > 4 ? cores : 4) / workers))
   node head --head --num-cpus=0 --num-gpus=0 --port="$PORT" --temp-dir="$RAY_FOLDER" --dashboard-host=127.0.0.1 \
     --dashboard-port="$DASHBOARD_PORT" --dashboard-agent-listen-port="$AGENT_PORT" \
@@ -87,7 +87,7 @@ up() {
     alive head || { tail -n 5 "$STATE/head.log" >&2 && exit 1; }
     wait_for "the dashboard"
   done
-  # A GPU that does not work is not offered, so --gpus 1 fails, rather than compute on the CPU.
+  # A broken GPU is not offered, so --gpus 1 fails instead of computing on the CPU.
   local gpus=()
   "$HERE/kubernetes/base/check-driver.sh" >&2 || gpus=(--num-gpus=0)
   for number in $(seq "$workers"); do

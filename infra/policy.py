@@ -86,7 +86,7 @@ def check(folder: Path) -> list[tuple[str, str, str, str]]:
 
 
 def main(files: list[str]) -> int:
-    """Checks, and prints what is not as it must be."""
+    """Run the checks and print the faults."""
     exceptions = tomllib.loads((INFRA / "policy.toml").read_text())["exception"]
     used = set()
     bad = []

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Writes sbom.json (requirements.lock) and sbom-gpu.json (what a GPU machine installs as well) in CycloneDX's format.
+# Writes sbom.json (requirements.lock) and sbom-gpu.json (the additional packages of GPU machines) in CycloneDX's format.
 #
 #     infra/sbom.sh CYCLONEDX_PY FOLDER        # `make sbom`
 #

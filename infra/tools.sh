@@ -1,10 +1,9 @@
 #!/bin/sh
-# Installs infra/tools/NAME.lock into an environment of its own below build/, and prints where it is. Does nothing when it is there.
+# Installs infra/tools/NAME.lock into a separate environment below build/ and prints its path. Does nothing if it exists.
 #
 #     infra/tools.sh docs|policy|supply       # PYTHON=... names a Python that has uv; by default that of .venv
 #
-# These tools are not in requirements.lock: they bring a hundred packages that the project does not need, in versions of
-# their own.
+# These tools are not in requirements.lock: they need a hundred packages that the project does not need, in other versions.
 set -eu
 cd "$(dirname "$0")/.."
 name=$1
@@ -14,7 +13,7 @@ lock=infra/tools/$name.lock
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 folder=build/tools/$name-$version-$(cksum <"$lock" | cut -d ' ' -f 1)
 if [ ! -d "$folder" ]; then
-  # Under another name until it is complete: two of these may run at once.
+  # It has another name until it is complete, because two of these may run at the same time.
   unfinished=$folder.$$
   trap 'rm -rf "$unfinished"' EXIT
   mkdir -p build/tools

@@ -179,7 +179,7 @@ def check_needed() -> None:
     """ValueError if this is a job, and the node lacks a variable that `--secret` named."""
     if missing := [name for name in os.environ.get(NEEDED, "").split(",") if name and not os.environ.get(name)]:
         raise ValueError(f"this node has no {', '.join(missing)} in its environment\n"
-                         f"hint: infra/README.md describes how nodes get their secrets")
+                         f"hint: docs/guides/operate/cluster.md describes how nodes get their secrets")
 
 
 def run_submission(submission: Submission, options: SubmitOptions) -> int:
@@ -304,7 +304,8 @@ def _client(address: str) -> Any:
                          f"hint: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE, or RAY_AUTH_TOKEN") from None
     except (OSError, RuntimeError) as error:
         raise ValueError(f"no job server answers at {place}: {str(error).splitlines()[0]}\n"
-                         f"hint: --address http://HEAD:8265, or a tunnel to it (infra/README.md)") from None
+                         f"hint: --address http://HEAD:8265, or a tunnel to it (docs/guides/operate/kubernetes.md)"
+                         ) from None
 
 
 def _jobs(client: Any, submission: Submission) -> dict[int, Any]:

@@ -14,7 +14,7 @@ from pipeline.corpora.emoji import STYLES
 from tests.infra.kubernetes import manifests
 from tests.infra.kubernetes.manifests import INFRA, REPOSITORY, Document
 
-SECRETS = {"rdm-token", "rdm-s3", "rdm-wandb"}  # those that infra/README.md has made by hand
+SECRETS = {"rdm-token", "rdm-s3", "rdm-wandb"}  # an administrator makes them with the commands of the guide
 
 
 
@@ -70,10 +70,6 @@ def test_what_is_wrong_is_found(path: str, value: Any) -> None:
         manifests.check_schema(cluster)
 
 
-
-
-
-
 def test_no_manifest_names_a_missing_verb_or_flag(overlay: list[Document], rayjobs: list[Document]) -> None:
     command_lines = manifests.read_commands([*overlay, *rayjobs], manifests.read_settings(overlay))
     commands = [manifests.parse_command(command_words) for command_words in command_lines]
@@ -85,7 +81,7 @@ def test_no_manifest_names_a_missing_verb_or_flag(overlay: list[Document], rayjo
 def test_no_other_text_names_a_missing_verb_or_flag() -> None:
     line = re.compile(r"^(?:#? {4,}|\$ )?(?:\S*/)?(python -m jobs [^`|<>]*?)(?:\s+\\)?$", re.M)
     commands = []
-    for file in sorted(INFRA.rglob("*")):
+    for file in (*sorted(INFRA.rglob("*")), *sorted((REPOSITORY / "docs/guides/operate").glob("*.md"))):
         if file.suffix in {".md", ".sh"} or file.parent.name == "ray-up":
             text = re.sub(r"\\\n\s*", "", file.read_text())
             commands += [manifests.parse_command(manifests.split_command(match[1], {"PWD": "/here"}))
@@ -136,16 +132,16 @@ def test_every_reference_has_a_target(overlay: list[Document], rayjobs: list[Doc
         assert environment["RAY_API_SERVER_ADDRESS"] == f"http://{cluster['metadata']['name']}-head-svc:8265"
 
 
-def test_manifests_contain_no_secret_and_the_readme_names_each_one(overlay: list[Document],
-                                                                   rayjobs: list[Document]) -> None:
+def test_manifests_contain_no_secret_and_the_guide_names_each_one(overlay: list[Document],
+                                                                  rayjobs: list[Document]) -> None:
     assert not manifests.of_kind([*overlay, *rayjobs], "Secret")
     for document in [*overlay, *rayjobs]:
         for path, node in manifests.walk(document):
             if isinstance(node, dict) and isinstance(node.get("value"), str) and "name" in node:
                 assert not re.search("KEY|SECRET|TOKEN|PASSWORD", node["name"]), path
     assert not [name for name in manifests.read_settings(overlay) if re.search("KEY|SECRET|TOKEN|PASSWORD", name)]
-    readme = (INFRA / "README.md").read_text()
-    assert all(f"create secret generic {name} " in readme for name in SECRETS)
+    guide = (REPOSITORY / "docs/guides/operate/kubernetes.md").read_text()
+    assert all(f"create secret generic {name} " in guide for name in SECRETS)
 
 
 
