@@ -113,8 +113,10 @@ def _good_share(now: dict[str, Any]) -> str:
     # The share is one of rows, because a row may give several samples.
     rows = now["rows"] - now["retried"]
     failed_rows = count_row_failures(now["skipped"])
-    bound = "at most " if failed_rows < sum(now["skipped"].values()) else ""  # how many rows more is unknown
-    return f"{bound}{format_share(rows - failed_rows, rows)} good, " if rows else ""
+    good = rows - failed_rows - now.get("empty", 0)
+    # How many rows more are lost is unknown.
+    bound = "" if failed_rows == sum(now["skipped"].values()) else "less than " if good == rows else "at most "
+    return f"{bound}{format_share(good, rows)} good, " if rows else ""
 
 
 def _describe_failures(now: dict[str, Any]) -> str:

@@ -136,9 +136,10 @@ class AdoptIndex(Index):
         wrong: list[int] = []
         for offset, vectors in read_blocks(embeddings):
             theirs = index.reconstruct_n(offset, len(vectors))
-            lengths = np.maximum(np.linalg.norm(vectors, axis=1) * np.linalg.norm(theirs, axis=1), 1e-9)
-            differ = (np.einsum("nd,nd->n", vectors, theirs) / lengths < _COPY) & vectors.any(1)
-            wrong += (offset + np.flatnonzero(differ)).tolist()
+            # Rows with NaN or infinity are equal to none.
+            lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(theirs, axis=1)
+            equal = (np.einsum("nd,nd->n", vectors, theirs) >= _COPY * lengths) & np.isfinite(lengths)
+            wrong += (offset + np.flatnonzero(~equal | (vectors.any(1) != theirs.any(1)))).tolist()
         if wrong:
             raise self._refusal("other vectors", "the vector of each row",
                                 f"others for {len(wrong)} of {len(embeddings)} rows, the first is row {wrong[0]}")

@@ -194,7 +194,7 @@ def _decode_undamaged(data: bytes, max_pixels: int, at_least: int, how: Resize, 
         upright = pixels if method is None else pixels.transpose(method)
         rgb = _to_rgb(upright)
         rgb, converted, complaint = _to_srgb(rgb, image.mode, image.info.get("icc_profile"))
-    except (isolation.NeedsIsolation, jpeg_damage.DamagedJpeg):
+    except (isolation.NeedsIsolation, jpeg_damage.DamagedJpeg, BadImage):
         raise
     except MemoryError:
         raise BadImage("too_much_memory", f"{width} x {height}") from None
@@ -320,11 +320,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow clips these at 255; 16-bit greys are scaled instead. The other modes do not tell their range.
         values = np.asarray(image, np.float64)
-        highest = values.max(initial=0)
-        if image.mode == "F":
-            top = 1.0 if 0 < highest <= 1.0 else 255.0
-        else:
-            top = 65535.0 if image.mode.startswith("I;16") or highest > 255 else 255.0
+        lowest, highest = values.min(initial=0), values.max(initial=0)
+        ranges = (1.0, 255.0) if image.mode == "F" else (65535.0,) if image.mode != "I" else (255.0, 65535.0)
+        # Floats that were resized go beyond their range by a little. NaN fits no range.
+        top = next((top for top in ranges if highest < top * 1.001), None) if lowest > -0.001 * ranges[0] else None
+        if top is None:
+            raise BadImage("corrupt", f"its numbers go from {lowest:g} to {highest:g}, expected 0 to "
+                                      f"{' or '.join(f'{top:g}' for top in ranges)}")
         return Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
         rgba = image.convert("RGBA")

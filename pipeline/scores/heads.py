@@ -142,9 +142,12 @@ def _load_layers(place: str, head: str, config: ScoreConfig) -> Head:
     output = _choose(head, config.output, header, "output", _OUTPUTS) or "none"
     outputs = layers[-1][0].shape[0]
     labels = [label.strip() for label in header.get("labels", "").split(",") if label.strip()]
-    if labels and len(labels) != outputs:
+    if labels and (len(labels) != outputs or len(set(labels)) < outputs):
         raise ValueError(f"{head} has {outputs} outputs, and its metadata name {len(labels)}: {', '.join(labels)}\n"
-                         f"hint: `labels` names each output, separated by commas")
+                         f"hint: `labels` has another name for each output, separated by commas")
+    if output == "softmax" and outputs == 1:
+        raise ValueError(f"{head} has one output: expected two or more for softmax, which gives 1 for each image else\n"
+                         f"hint: --output sigmoid")
 
     def score(shard: ScoredShard) -> Scores:
         with torch_threads(1) as pool:  # how torch splits a sum among threads changes its last bits

@@ -135,7 +135,8 @@ class Score(Stage):
         if not columns:
             raise ValueError(f"{self.head} gives no scores: expected at least one column, got none\n"
                              f"hint: docs/guides/score.md")
-        return {name: values.astype(np.float32) for name, values in columns.items()}
+        with np.errstate(over="ignore"):  # scores beyond float32 are noted as those that are not finite
+            return {name: values.astype(np.float32) for name, values in columns.items()}
 
     def _images(self, record: dict[str, Any], rows: np.ndarray) -> Iterator[bytes]:
         wanted = set(rows.tolist())

@@ -58,6 +58,12 @@ def add_image_positions(table: pa.Table, positions: np.ndarray) -> pa.Table:
 
 def _column(cells: list[Any], kind: str | None) -> pa.Array:
     """Cells of a type, as text if they do not fit."""
+    cell_types = {type(cell) for cell in cells} - {type(None)}
+    # Arrow takes 0.5 for the integer 0, and true for the float 1.
+    if kind == "int64" and float in cell_types:
+        kind = "double"
+    if kind == "double" and bool in cell_types:
+        kind = "string"
     if kind != "string":
         try:
             column = pa.array(cells, _KINDS.get(kind or ""))

@@ -109,7 +109,15 @@ class ShardConfig:
             raise ValueError(f"shard.patch_side = {self.patch_side}: must be at least "
                              f"shard.image_size = {self.image_size} with shard.patches = {self.patches}\n"
                              f"hint: --patch-side {self.image_size}")
+        if len(set(names := self.column_names)) < len(names) or "" in names:
+            raise ValueError(f"shard.columns = {self.columns!r}: expected another name for each column\n"
+                             f"hint: --columns url,caption")
         assert self.rows_per_shard
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """The names of `columns`."""
+        return tuple(name.strip() for name in self.columns.split(",")) if self.columns else ()
 
     @property
     def rows_per_shard(self) -> int:

@@ -161,8 +161,7 @@ class TextLists(ListSource):
     def _batches(self, address: str) -> Iterator[list[TableRow]]:
         """The rows of a file, with the cells that its folders add; ValueError if none of the first can be read."""
         partition, checked = self._partition_cells(address), False
-        names = (tuple(name.strip() for name in self.config.columns.split(",")) if self.config.columns else
-                 self._known_columns(address))
+        names = self.config.column_names or self._known_columns(address)
         for batch in _in_batches(read_table(address, names)):
             if not checked:
                 _check_batch(batch, address)

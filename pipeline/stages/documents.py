@@ -44,7 +44,8 @@ _REPLAN = ("the same command with --overwrite; or python -m jobs rebuild NAME --
 _RETIRED = [{"host": str, "node": str, "card": str, "reason": str, "items": int}]
 _PROGRESS = {"updated": NUMBER, "items": int, "of_items": int, "rows": int, "samples": int, "of_rows": int,
              "retried": int, "bytes": int, "rows_per_s": NUMBER, "seconds_left": (int, float, type(None)),
-             "skipped": _COUNTS, "failed_items": int, "retired?": _RETIRED, "devices?": _COUNTS}
+             "skipped": _COUNTS, "failed_items": int, "retired?": _RETIRED, "devices?": _COUNTS,
+             "empty?": int}
 _RELEASE = {"manifests": {"*": str}, "content": str, "number": int, "samples": int,
             "recall@10": (int, float, type(None)), "base?": (str, type(None)), "change?": _COUNTS, "queries?": [str]}
 _SEALED = _MANIFEST | {

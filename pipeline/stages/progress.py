@@ -15,7 +15,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.stages import records
 from pipeline.stages.documents import check_progress, check_report
-from pipeline.stages.types import count_row_failures
+from pipeline.stages.types import EMPTY_ROW_REASONS, count_row_failures
 
 LEAST = 200  # rows before a share of failures means anything
 
@@ -66,6 +66,8 @@ class Tally:
         self.by_choice = set(by_choice)
         self.recorded_ids: set[str] = set() if recorded is None else recorded
         self.done_items = self.failed_items = self.retried = 0
+        self.empty = 0
+        """Rows that are kept, and are not good."""
         self.recorded = {"rows": 0, "samples": 0, "bytes": 0}
         self.reasons: Counter[str] = Counter()
         self.devices: Counter[str] = Counter()
@@ -91,6 +93,7 @@ class Tally:
         self.recorded["samples"] += record["samples"]
         self.recorded["bytes"] += length
         self.reasons.update(record["skipped"])
+        self._count_empty(record.get("noted", {}))
         self.devices.update(filter(None, [record.get("run", {}).get("device")]))
         if retried := record["info"].get("retried", 0):
             self.retried += retried
@@ -119,6 +122,7 @@ class Tally:
             self.recorded["bytes"] += counts["bytes"]
             self.retried += sum(info.get("retried", 0) * count for info, count in infos)
             self.reasons.update(counts["skipped"])
+            self._count_empty(counts["noted"])
             self.devices.update(records.devices(done))
         else:
             for record in done:
@@ -148,7 +152,7 @@ class Tally:
             # Rows that are retried are among the reasons of their first try, until their record replaces them.
             "skipped": dict((+_sum_reasons(self.reasons, [report for report in in_hand if not report["again"]])
                              ).most_common()), "rows_per_s": round(rate, 1),
-            "retried": self.retried + sum(report["rows"] for report in in_hand if report["again"]),
+            "empty": self.empty, "retried": self.retried + sum(report["rows"] for report in in_hand if report["again"]),
             "seconds_left": round(rows_left / rate) if is_steady and rate > 0 and self.rows else None,
             "retired": self.retired, "devices": dict(self.devices), "updated": round(time.time(), 1),
             "host": platform.node()}
@@ -170,6 +174,9 @@ class Tally:
             return (rows - self._first[1]) / (now - self._first[0]), True
         elapsed = now - self._begun
         return (rows / elapsed if elapsed > 0 else 0.0), False
+
+    def _count_empty(self, noted: dict[str, int]) -> None:
+        self.empty += sum(count for reason, count in noted.items() if reason in EMPTY_ROW_REASONS)
 
     def over(self, most: float, *, final: bool = False) -> str:
         """A sentence if the share of rows that failed is above `most`, "" if not or not yet known.

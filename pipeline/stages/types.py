@@ -14,6 +14,10 @@ NO_ROW_REASONS = frozenset({"tar_cut"})
 """Reasons in the ledger that stand for an unknown number of rows, so they are no rows themselves."""
 
 
+EMPTY_ROW_REASONS = frozenset({"undecodable", "no_direction", "not_adopted", "no_vector", "not_finite", "unreadable"})
+"""Reasons of rows that are kept for their place, and have no image, vector or score."""
+
+
 def count_row_failures(skipped: Mapping[str, int]) -> int:
     """The number of rows that were left out, of counts by reason."""
     return sum(count for reason, count in skipped.items() if reason not in NO_ROW_REASONS)

@@ -20,6 +20,15 @@ SUFFIXES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstandard", ".
 ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError)
 """Errors of a damaged stream."""
 _CHUNK_BYTES = 64 << 10
+HEAD_BYTES = 10
+"""So many first bytes tell the kind also of a file that may be text."""
+_BZIP2_BLOCKS = (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")
+
+
+def find_kind(head: bytes) -> str:
+    """The kind of a file by its first `HEAD_BYTES`, "" if it is not compressed."""
+    kind = next((name for name, magic in MAGICS.items() if head.startswith(magic)), "")
+    return "" if kind == "bzip2" and head[4:10] not in _BZIP2_BLOCKS else kind
 
 
 def decompress(stream: IO[bytes], kind: str) -> io.BufferedIOBase:

@@ -14,6 +14,7 @@ _LEVELS = 64  # Arrow ends the process at some hundreds
 _FIRST_KEYS = ("en", "text", "caption", "raw", "value")
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _INFINITIES = {float("inf"), float("-inf")}
+_MAY_BE_INFINITE = re.compile(r"Infinity|[eE]\+?\d{3}|\d{309}")
 
 
 @dataclasses.dataclass(slots=True)
@@ -128,7 +129,7 @@ class JsonDecoder:
             raise ValueError(f"more than {_LEVELS} levels of brackets") from None
 
     def take_remarks(self, cells: Mapping[str, Any], text: str) -> list[str]:
-        """Remarks on a row since the last call: names that an object has twice, and halves of characters."""
+        """Remarks on a row since the last call: names that an object has twice, halves of characters, infinity."""
         remarks = [f"cell_changed: {replace_surrogates(name)}: an object has it several times; the last one counts"
                    for name in self._repeated]
         self._repeated.clear()
@@ -137,6 +138,9 @@ class JsonDecoder:
                 text_of_cell = json.dumps({name: cell}, ensure_ascii=False)
                 if replace_surrogates(text_of_cell) != text_of_cell:
                     remarks.append(f"cell_changed: {replace_surrogates(name)}: halves of characters")
+        if _MAY_BE_INFINITE.search(text):
+            remarks += [f"cell_changed: {replace_surrogates(name)}: infinity is stored as null"
+                        for name, cell in cells.items() if _has_infinity(cell)]
         return remarks
 
 
@@ -147,6 +151,12 @@ def check_json_row(row: Any, text: str) -> dict[str, Any]:
     if text.count("[") + text.count("{") > _LEVELS and _has_level(row, _LEVELS):
         raise ValueError(f"more than {_LEVELS} levels of brackets")
     return row
+
+
+def _has_infinity(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_has_infinity, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, float) and value in _INFINITIES
 
 
 def _has_level(value: Any, levels: int) -> bool:

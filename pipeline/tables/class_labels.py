@@ -82,10 +82,10 @@ def _name_array(array: pa.Array, feature: Any, has_unnamed: list[bool]) -> pa.Ar
     """An array with names in place of numbers. `has_unnamed` becomes [True] if a number has no name."""
     kind = array.type
     if (names := _names(feature)) is not None and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        is_whole = pc.is_valid(array)
         if pa.types.is_floating(kind):  # pandas makes floats of integers beside nulls
             array = array.cast(pa.float64())
-            is_whole = pc.fill_null(pc.and_(pc.is_finite(array), pc.equal(pc.floor(array), array)), False)
+        size = array.cast(pa.float64(), safe=False)
+        is_whole = pc.fill_null(pc.and_(pc.less(pc.abs(size), 2.0**53), pc.equal(pc.floor(size), size)), False)
         numbers = pc.if_else(is_whole, array, None).cast(pa.int64())
         named = pa.array(names, pa.string()).take(pc.if_else(
             pc.and_(pc.greater_equal(numbers, 0), pc.less(numbers, len(names))), numbers, None))

@@ -136,7 +136,7 @@ def _kept_quotes(cells: list[str], lines: _Lines, delimiter: str) -> str:
 def _quoted_records(lines: _Lines, delimiter: str, width: int, *, all_quoted: bool) -> Iterator[_Record]:
     """Records by the rules of RFC 4180, which may span lines.
 
-    `all_quoted`: the writer quotes each text, so a later row does not close an open quote by chance.
+    `all_quoted`: the writer quotes each text, so a later row has quotes and does not close an open one by chance.
     """
     for line in lines:
         number = lines.number
@@ -206,27 +206,32 @@ def _holds_rows(cells: Sequence[str], lines: Sequence[str], delimiter: str, *, o
 
     A line looks like a row if it has a URL or a file name in a column where the record has one, and not too few cells.
     If the record has neither, the line must have the right number of cells, and a number or a word in a column where
-    the record has one. If the record has none of these, the number of cells is enough.
+    the record has one. If the record has none of these, the number of cells is enough. Blanks after the delimiters, as
+    texts have them after commas, count as cells only if the record has such blanks too.
     """
     broken = [number for number, cell in enumerate(cells) if "\n" in cell]
     whole = [number for number, cell in enumerate(cells) if cell and "\n" not in cell]
     if len(cells) == 1 or not broken:
         return len(cells) == 1
-    split = [[cell.strip('"') for cell in line.rstrip("\r\n").split(delimiter)] for line in lines]
+    is_spaced = any(cells[number].startswith(" ") for number in whole if number)
+    split = [line.rstrip("\r\n").split(delimiter) for line in lines]
+    fits = [len(other) == len(cells) and (is_spaced or not any(cell.startswith(" ") for cell in other[1:]))
+            for other in split]
     # The cells before the broken one are those of the first line itself, and the cells after it those of the last.
     # Delimiters may be in the broken column: columns after it are counted from the end.
-    others = [(column, other[column if column < broken[0] else column - len(cells)], len(other) == len(cells))
+    others = [(column, other[column if column < broken[0] else column - len(cells)], fits[number])
               for number, other in enumerate(split) if len(other) >= len(cells) for column in whole
               if (number > 0 or column > broken[-1]) and (number < len(lines) - 1 or column < broken[0])]
     kinds = {column: _kind(cells[column]) for column in whole}
     if only_addresses or _ADDRESS in kinds.values():
-        return any(kinds[column] is _ADDRESS and _ADDRESS.fullmatch(other) for column, other, _ in others)
+        return any(kinds[column] is _ADDRESS and _ADDRESS.fullmatch(other.strip('"')) for column, other, _ in others
+                   if other.startswith('"') or not only_addresses)
     # Rows end with a carriage return, and the lines inside the cell do not.
     if lines[-1].endswith("\r\n") and not any(line.endswith("\r\n") for line in lines[:-1]):
         return False
     has_kind = any(kinds.values())
-    return any(fits and (not has_kind or ((kind := kinds[column]) and kind.fullmatch(other)))
-               for column, other, fits in others)
+    return any(is_row and (not has_kind or ((kind := kinds[column]) and kind.fullmatch(other.strip('"'))))
+               for column, other, is_row in others)
 
 
 def _kind(cell: str) -> re.Pattern[str] | None:

@@ -9,6 +9,7 @@ from pipeline.tables.cells import JsonDecoder, TableRow, check_json_row, replace
 from pipeline.tables.delimited import RepairedLine, encoding_remarks, repair_lines
 
 _LONGEST = 1 << 26  # characters of one value
+_RECORDS = "hint: write an object in each line; pandas: to_json(orient='records', lines=True)"
 
 
 def read_json_lines(lines: Iterator[str], file: str) -> Iterator[TableRow]:
@@ -99,18 +100,35 @@ def _at_least(pieces: Iterator[str], length: int) -> Iterator[str]:
 
 
 def _table_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an object that holds a table, [] if it is none: columns, or one of the layouts of pandas."""
+    """The rows of an object that holds a table, [] if it is none: columns, or one of the layouts of pandas.
+
+    ValueError for columns that do not fit together.
+    """
     columns, data, values = document.get("columns"), document.get("data"), list(document.values())
     if (document.keys() <= {"columns", "index", "data"} and isinstance(columns, list) and isinstance(data, list)
             and all(isinstance(row, list) and len(row) == len(columns) for row in data)):
         return [dict(zip(columns, row, strict=True)) for row in data]
     if document.keys() == {"schema", "data"} and isinstance(data, list):
         return data if all(isinstance(row, dict) for row in data) else []
-    if len(values) > 1 and all(isinstance(column, list) for column in values):
-        if len({len(column) for column in values}) == 1:
-            return [dict(zip(document, cells, strict=True)) for cells in zip(*values, strict=True)]
-    elif all(isinstance(column, dict) and column for column in values) and len({tuple(each) for each in values}) == 1:
-        if all(key.isdigit() for key in values[0]):
-            return [{name: column[key] for name, column in document.items()} for key in values[0]]
-        return values if all(key.isdigit() for key in document) else []
+    if values and all(isinstance(column, list) for column in values):
+        _check_columns({name: set(range(len(column))) for name, column in document.items()})
+        return [dict(zip(document, cells, strict=True)) for cells in zip(*values, strict=True)]
+    if not values or not all(isinstance(column, dict) and column for column in values):
+        return []
+    if all(key.isdigit() for column in values for key in column):
+        _check_columns({name: set(column) for name, column in document.items()})
+        return [{name: column[key] for name, column in document.items()} for key in values[0]]
+    if all(key.isdigit() for key in document):
+        return values
+    if len(values) > 1 and all(column.keys() == values[0].keys() for column in values):
+        raise ValueError(f"its objects may be rows or columns: all have the names {', '.join(values[0])[:200]}\n"
+                         f"{_RECORDS}")
     return []
+
+
+def _check_columns(rows: dict[str, set[Any]]) -> None:
+    """ValueError unless all columns have the same rows."""
+    first, *others = rows
+    if other := next((name for name in others if rows[name] != rows[first]), None):
+        raise ValueError(f"its columns have other rows: {first} has {len(rows[first])}, {other} has "
+                         f"{len(rows[other])}\n{_RECORDS}")

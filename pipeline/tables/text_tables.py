@@ -16,6 +16,7 @@ from pipeline.tables.json_tables import read_json_document, read_json_lines
 from pipeline.tables.names import table_kind
 
 _PIECE = 1 << 20  # characters of a JSON document that are read together
+_ZIP = "PK\3\4"
 _UTF16 = ("\udcff\udcfe", "\udcfe\udcff")  # its first two bytes, as they are decoded here
 
 
@@ -33,9 +34,10 @@ def read_rows(address: str, columns: Sequence[str] = ()) -> Iterator[TableRow]:
         except (csv.Error, ValueError, *decompression.ERRORS) as error:
             if isinstance(error, storage.StorageError):
                 raise
-            hint = ("the file is cut off or damaged: copy it again" if isinstance(error, decompression.ERRORS) else
-                    "tables are UTF-8; a CSV has a header, JSON has objects")
-            raise ValueError(f"{address} cannot be read after row {number}: {error}\nhint: {hint}") from None
+            hint = ("" if "\nhint: " in str(error) else "\nhint: the file is cut off or damaged: copy it again"
+                    if isinstance(error, decompression.ERRORS) else
+                    "\nhint: tables are UTF-8; a CSV has a header, JSON has objects")
+            raise ValueError(f"{address} cannot be read after row {number}: {error}{hint}") from None
 
 
 def read_header(address: str) -> list[str]:
@@ -62,8 +64,10 @@ def _rows(stream: IO[bytes], address: str, columns: Sequence[str]) -> Iterator[T
     text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="\n")  # cells may hold carriage returns
     limit = _PIECE if kind == "json" else -1
     head = [text.readline(limit), text.readline(limit)]
-    if head[0].startswith(_UTF16):
-        raise ValueError("the text is UTF-16")
+    if head[0].startswith(_UTF16) or "\0" in head[0][:4]:
+        raise ValueError(f"the text is UTF-16 or UTF-32\nhint: iconv -f UTF-16 -t UTF-8 {file} > utf8_{file}")
+    if head[0].startswith(_ZIP):
+        raise ValueError("it is a zip archive, as .xlsx files are\nhint: unpack it, or export it as CSV")
     if kind == "json" and not (_is_object(head[0]) and head[1].strip()):
         return read_json_document(itertools.chain(head, iter(lambda: text.read(_PIECE), "")), file)
     lines: Iterator[str] = itertools.chain(filter(None, head), text)
@@ -98,6 +102,8 @@ def _read_urls(lines: Iterator[str], file: str) -> Iterator[TableRow]:
 
 
 def _decompress(stream: IO[bytes], address: str) -> IO[bytes]:
-    """The stream, decompressed as the name says."""
-    kind = decompression.SUFFIXES.get(f".{address.lower().rpartition('.')[2]}")
+    """The stream, decompressed as its first bytes say, or else its name."""
+    kind = (decompression.find_kind(stream.read(decompression.HEAD_BYTES))
+            or decompression.SUFFIXES.get(f".{address.lower().rpartition('.')[2]}"))
+    stream.seek(0)
     return cast(IO[bytes], decompression.decompress(stream, kind)) if kind else stream

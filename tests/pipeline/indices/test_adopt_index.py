@@ -85,6 +85,12 @@ def swapped(first: int, second: int) -> np.ndarray:
     return vectors
 
 
+def spoiled(row: int, value: float) -> np.ndarray:
+    vectors = VECTORS.copy()
+    vectors[row] = value
+    return vectors
+
+
 def moved(shards: int) -> np.ndarray:
     """The vectors with those of the first `shards` shards in another order."""
     vectors = VECTORS.copy()
@@ -103,6 +109,8 @@ def moved(shards: int) -> np.ndarray:
     ("Flat", moved(1), 0, "other vectors: expected the vector of each row, got others for 300 of 1500 rows"),
     ("Flat", swapped(3, 1400), 0, "got others for 2 of 1500 rows, the first is row 3"),
     ("HNSW16", swapped(3, 1400), 0, "got others for 2 of 1500 rows, the first is row 3"),
+    *((key, spoiled(9, value), 0, "got others for 1 of 1500 rows, the first is row 9")
+      for key, value in (("Flat", np.nan), ("Flat", np.inf), ("HNSW16", np.nan), ("Flat", 0))),
     ("IVF16,PQ8x4,RFlat", VECTORS, 0, "kind: expected inverted lists, a graph (HNSW), or codes of all rows, got "
                                       "IndexRefineFlat")])
 def test_an_index_of_anything_else_is_refused_with_both_values(tmp_path, dataset, key, vectors, metric, fault):

@@ -9,6 +9,7 @@ from PIL import Image, ImageCms
 
 from pipeline.media.decode import decode
 from pipeline.media.resize import encode, resize
+from pipeline.media.types import BadImage
 from tests.pipeline.media.sample_images import decoded, gamma, inks, photo, png, profile, psnr, wide_gamut, xyz
 from tests.pipeline.synthetic import encoded, noise
 
@@ -59,6 +60,13 @@ def test_one_bit_and_float_images_keep_white():
     assert decoded(encoded(bits, "PNG"))[1, 1].tolist() == [255, 255, 255]
     ramp = Image.fromarray(np.array([[0.0, 0.5, 1.0]], np.float32))
     assert decoded(encoded(ramp, "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("values", [np.float32([0, 65535]), np.float32([-1, 1]), np.float32([0.5, np.nan]),
+                                    np.float32([0, np.inf]), np.int32([0, 1 << 30]), np.int32([-5, 200])])
+def test_numbers_of_an_unknown_range_are_no_image(values):
+    with pytest.raises(BadImage, match=r"corrupt: its numbers go from .* to .*, expected 0 to "):
+        decode(encoded(Image.fromarray(values[None]), "TIFF"), 100)
 
 
 def p3_as_srgb(colour: tuple[int, int, int]) -> np.ndarray:

@@ -117,6 +117,8 @@ def test_several_outputs_are_columns_with_names(tmp_path, dataset):
     (predictor(16, 1), {"encoder": "ViT-L-14 openai"}, "expected ViT-L-14 openai, got given"),
     (predictor(16, 1), {"output": "square"}, "output is 'square'"),
     (predictor(16, 2), {"labels": "a,b,c"}, "has 2 outputs, and its metadata name 3: a, b, c"),
+    (predictor(16, 2), {"labels": "a, a"}, "has 2 outputs, and its metadata name 2: a, a"),
+    (predictor(16, 1), {"output": "softmax"}, "has one output: expected two or more for softmax"),
     (predictor(16, 1) | {"norm.running_mean": torch.zeros(3)}, {}, "linear layers alone, got norm.running_mean"),
     (predictor(16, 8) | {"layers.9.weight": torch.zeros(1, 5)}, {"activation": "none"}, "expected (n, 8), got (1, 5)"),
     ({"table": torch.zeros(2)}, {}, "linear layers alone, got table")])

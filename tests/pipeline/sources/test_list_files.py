@@ -73,6 +73,12 @@ def test_an_unused_setting_does_not_change_fingerprints(tmp_path):
     assert Shard(dataset, ShardConfig(source="x", columns="url")).section()["columns"] == "url"
 
 
+@pytest.mark.parametrize("columns", ["url,caption,caption", "url, url", "url,,caption"])
+def test_each_column_without_a_header_needs_its_own_name(columns):
+    with pytest.raises(ValueError, match="expected another name for each column\nhint: "):
+        ShardConfig(source="x", columns=columns)
+
+
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
 def test_folders_named_after_values_give_columns(tmp_path, kind):
     for number, (lang, year) in enumerate((("en", "2024"), ("de", "2023"), ("__HIVE_DEFAULT_PARTITION__", "2024"),

@@ -207,6 +207,13 @@ def test_several_samples_of_a_row_count_as_one_good_row(tmp_path):
     assert "90.0% good" in describe_progress(tally.look())
 
 
+def test_rows_without_a_vector_are_not_good(tmp_path):
+    tally = Tally(str(tmp_path), 1, 100)
+    tally.record({"id": "000000", "samples": 100, "skipped": {}, "noted": {"not_adopted": 3, "animated": 5},
+                  "info": {}}, 0)
+    assert "97.0% good" in describe_progress(tally.look())
+
+
 def test_a_slow_read_of_progress_is_done_less_often(tmp_path, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])

@@ -48,6 +48,15 @@ def test_classes_without_a_name_stay_as_digits_and_are_named():
                        2: ["cell_changed: style: no name for the class -3"]}
 
 
+@pytest.mark.parametrize(("numbers", "texts"), [
+    (pa.array([2**64 - 1, 1], pa.uint64()), ["18446744073709551615", "Cubism"]),
+    (pa.array([2**60 + 1, -1]), ["1152921504606846977", None]), (pa.array([1e300, 0.0]), ["1e+300", "Baroque"])])
+def test_numbers_that_no_class_can_have_are_texts(numbers, texts):
+    table = made_table({"style": STYLES}, {"style": numbers})
+    named, remarks = name_classes(table, class_features(table.schema))
+    assert named["style"].to_pylist() == texts and list(remarks) == [0]
+
+
 def test_classes_in_lists_of_one_length_and_as_floats_get_their_names():
     pairs = [[0, 1], None, [1, 7], [None, -1]]
     columns = {"pair": pa.array(pairs, pa.list_(pa.int64(), 2)), "view": pa.array(pairs, pa.list_view(pa.int64())),

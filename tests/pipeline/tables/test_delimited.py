@@ -69,12 +69,24 @@ def test_an_open_quote_that_a_later_row_closes_costs_its_own_row_only(tmp_path, 
     ("file,caption", "\n", ["cat", "a cat\nsitting on a mat, happy"]),
     ("id,caption", "\n", ["17", "Haystacks\nPainting"]),
     ("id,caption", "\r\n", ["17", "Haystacks\nPainting, oil"]),  # as Python's csv writes
-    ("id,caption,artist", "\n", ["17", "red\ngreen, blue", "A B"])])
+    ("id,caption,artist", "\n", ["17", "red\ngreen, blue", "A B"]),
+    ("id,caption", "\r\n", ["17", "in 1907\r\n1908, and 1909"]),
+    ("caption,artist", "\r\n", ["oil, canvas\r\nwood, glass", "A B"])])
 def test_texts_with_line_breaks_and_commas_are_one_cell(tmp_path, header, ending, row):
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator=ending).writerows([header.split(","), row, row])
     good, problems, _ = read(tmp_path, "a.csv", text.getvalue())
     assert [list(each.values()) for each in good] == [row, row] and not problems
+
+
+def test_lines_without_quotes_are_no_rows_where_each_text_has_them(tmp_path):
+    rows = [["http://h/0.png", "see\r\nhttp://h/1.png,x"], ["http://h/2.png", "a\r\nb"]]
+    text = io.StringIO(newline="")
+    csv.writer(text, quoting=csv.QUOTE_ALL).writerows([["url", "caption"], *rows])
+    good, problems, _ = read(tmp_path, "a.csv", text.getvalue())
+    assert [list(each.values()) for each in good] == rows and not problems
+    good, problems, _ = read(tmp_path, "a.csv", text.getvalue().replace('1.png,x"', '1.png,x').replace("see", '"see'))
+    assert len(problems) == 1 and good[-1]["url"] == "http://h/2.png"  # a quote that is not closed
 
 
 def test_rows_of_another_length_are_named(tmp_path):

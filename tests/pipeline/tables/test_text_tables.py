@@ -31,10 +31,23 @@ def packed(data, codec):
     json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}),
     json.dumps({"columns": [*ROWS[0]], "index": [0, 1, 2, 3, 4], "data": [[*row.values()] for row in ROWS]}),
     json.dumps({"schema": {"fields": []}, "data": ROWS}), json.dumps(dict(enumerate(ROWS))),
-    json.dumps({name: {str(number): row[name] for number, row in enumerate(ROWS)} for name in ROWS[0]})])
+    json.dumps({name: {str(number): row[name] for number, row in enumerate(ROWS)} for name in ROWS[0]}),
+    json.dumps({name: {str(number): ROWS[number][name] for number in sorted(range(5), key=lambda n: n * seed % 5)}
+                for seed, name in zip((1, 2, 3), ROWS[0], strict=True)})])
 def test_a_json_file_may_have_any_layout(tmp_path, layout):
     (tmp_path / "a.json").write_text(layout)
     assert cells(tmp_path / "a.json") == ROWS
+
+
+@pytest.mark.parametrize(("table", "fault"), [
+    ({"url": ["a", "b"], "caption": ["c"]}, "url has 2, caption has 1"),
+    ({"url": {"0": "a", "7": "b"}, "caption": {"0": "c"}}, "url has 2, caption has 1"),
+    ({"url": {"x": "a", "y": "b"}, "caption": {"y": "d", "x": "c"}}, "be rows or columns: all have the names x, y")])
+def test_a_table_of_columns_that_do_not_fit_is_refused(tmp_path, table, fault):
+    (tmp_path / "a.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match=fault) as error:
+        cells(tmp_path / "a.json")
+    assert str(error.value).count("hint: ") == 1
 
 
 def test_a_long_array_is_read_in_pieces(tmp_path):
@@ -76,6 +89,32 @@ def test_lists_may_be_compressed_and_in_several_frames(tmp_path, suffix):
         path.write_bytes(compress(data)[:-9])
         with pytest.raises(ValueError, match=r"cannot be read after row(.|\n)*hint: .*copy it again"):
             cells(path)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, lambda data: packed(data, "zstd")])
+def test_the_first_bytes_tell_the_compression(tmp_path, compress):
+    for name in ("a.csv", "a.csv.gz"):
+        (tmp_path / name).write_bytes(compress(b"url,caption\nhttp://x/1,one\n"))
+        assert cells(tmp_path / name) == [{"url": "http://x/1", "caption": "one"}]
+    (tmp_path / "b.csv").write_bytes(b"BZh,url\n1,http://x/1\n")
+    assert cells(tmp_path / "b.csv") == [{"BZh": "1", "url": "http://x/1"}]
+
+
+@pytest.mark.parametrize(("data", "fault"), [
+    ("url,caption\n".encode("utf-16-le"), "UTF-16"), ("url,caption\n".encode("utf-16-be"), "UTF-16"),
+    ("url,caption\n".encode("utf-16"), "UTF-16"), ("url,caption\n".encode("utf-32"), "UTF-32"),
+    (b"PK\3\4\x14\0\6\0\x08\0\0\0!\0", "a zip archive, as .xlsx files are")])
+def test_files_that_are_no_text_in_utf8_are_refused(tmp_path, data, fault):
+    (tmp_path / "a.csv").write_bytes(data)
+    with pytest.raises(ValueError, match=fault) as error:
+        cells(tmp_path / "a.csv")
+    assert str(error.value).count("hint: ") == 1
+
+
+def test_infinity_in_json_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"url": "a", "x": 1e400, "y": [{"z": -Infinity}], "n": NaN, "t": "Infinity"}\n')
+    row, = read_rows(str(tmp_path / "a.jsonl"))
+    assert row.remarks == [f"cell_changed: {name}: infinity is stored as null" for name in ("x", "y")]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
