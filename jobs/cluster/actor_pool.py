@@ -335,7 +335,7 @@ class Pool:
             self.idle.append(worker)
         if not self.blame.hopeless(task):
             self.meter.again("device failed" if reason else "failed")
-            _log.warning("item %s failed on %s and is tried again elsewhere: %s", _task_label(task), worker.place,
+            _log.warning("item %s failed on %s, and another worker retries it: %s", _task_label(task), worker.place,
                          failed.error.splitlines()[0], extra={"fields": {"item": task.items[0].id}})
         return retired, task.alone()
 
@@ -345,8 +345,8 @@ class Pool:
             return [], task.alone()
         task.losses += 1
         self.meter.again("worker lost")
-        _log.warning("the worker of item %s was lost (%d of %d times): it is given to another", _task_label(task),
-                     task.losses, LOSSES, extra={"fields": {"item": task.items[0].id}})
+        _log.warning("the worker of item %s was lost (%d of %d times), and another one takes the item",
+                     _task_label(task), task.losses, LOSSES, extra={"fields": {"item": task.items[0].id}})
         ray.kill(worker.actor)
         if task.losses >= LOSSES:
             return [Outcome(task.items[0], error=f"its worker died {LOSSES} times: {_last_line(error)}",

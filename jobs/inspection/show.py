@@ -66,7 +66,7 @@ def _readable(root: str, names: list[str]) -> Iterator[Dataset]:
             if dataset.is_sealed("shards"):
                 yield dataset
         except ValueError as error:
-            _log.warning("show: %s is not looked into: %s", name, str(error).splitlines()[0])
+            _log.warning("show: %s is skipped: %s", name, str(error).splitlines()[0])
 
 
 def _only_in_ledgers(root: str, datasets: list[Dataset], text: str) -> dict[str, Any]:

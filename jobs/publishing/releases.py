@@ -155,7 +155,7 @@ def _choose_version(current: Published) -> str:
         return current.version
     version, faults = find_earlier_version(current)
     for other, fault in faults.items():
-        _log.warning("rollback: %s@%s is passed over: %s", current.name, other, fault)
+        _log.warning("rollback: %s@%s is skipped: %s", current.name, other, fault)
     if not version and faults:
         raise DamagedFile(f"no earlier version of {current.name} is whole: {'; '.join(faults.values())}\n"
                           f"hint: {find_way_back(current)}")

@@ -52,7 +52,7 @@ def read_record(stage: Stage, url: str) -> dict[str, Any] | None:
     except storage.DamagedFile as error:
         if url not in _NAMED:
             _NAMED.add(url)
-            _log.warning("%s: %s; the item is made again", stage.name, str(error).splitlines()[0])
+            _log.warning("%s: %s; the item is processed again", stage.name, str(error).splitlines()[0])
         return None
     return record if record["plan"] == claim_of(stage).fingerprint else None
 

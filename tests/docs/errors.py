@@ -1,4 +1,4 @@
-"""Finds every error message in the code, and writes docs/reference/errors.md: what each means, and what helps.
+"""Finds every error message and warning in the code, and writes docs/reference/errors.md: meaning and cure of each.
 
 A message with a `hint:` has its cure in the code. The others have cause and cure in cures.toml beside this file.
 """
@@ -19,19 +19,31 @@ _DATA = {"DamagedFile", "StageFailed", "StorageError", "OSError", "MemoryError",
          "PermissionError", "FileExistsError", "DamagedPointer", "LeaseConflict"}
 """Errors that end a command with exit code 1; the others end it with 2."""
 _NO_NAMES = {"join", "map", "str", "repr", "sorted", "len", "set", "int", "if", "else", "or", "for", "in", "self",
-             "config", "f", "r", "sum", "type", "keys"}
+             "config", "f", "r", "sum", "type", "keys", "splitlines", "strip"}
 _HEAD = """# Error messages
 
-Every error of the program, by the part that raises it. Words in capitals stand for values.
+Every error of the program, by the part that raises it, and every [warning](#warnings) of its log. Words in capitals stand
+for values.
 Exit code 1: items failed or data is damaged. Exit code 2: invalid usage, and nothing was changed.
 [Troubleshooting](../troubleshooting.md) begins with symptoms.
 [Reasons in the ledger](ledger.md) explains why single samples are left out.
 """
 
 
+_WARNINGS = """## Warnings
+
+Warnings in the log. A warning alone does not end a command. Its text may be an error of this page.
+
+| warning | meaning, and what helps |
+|---|---|"""
+
+
 @dataclass(frozen=True)
 class Message:
-    """An error message. `place` is file:line, `code` the exit code, `cure` is empty if nothing says what helps."""
+    """An error message or a warning. `place` is file:line, `code` the exit code, or 0 for a warning.
+
+    `cure` is empty if neither the code nor cures.toml has one.
+    """
 
     place: str
     area: str
@@ -44,6 +56,32 @@ def find_messages() -> list[Message]:
     """The messages of the three packages, in the order of the files."""
     return [message for package in ("pipeline", "model", "jobs") for file in sorted((_ROOT / package).rglob("*.py"))
             for message in _messages_of(file)]
+
+
+def find_warnings() -> list[Message]:
+    """The warnings in the log of the three packages, in the order of the files."""
+    return [warning for package in ("pipeline", "model", "jobs") for file in sorted((_ROOT / package).rglob("*.py"))
+            for warning in _warnings_of(file)]
+
+
+def _warnings_of(file: Path) -> Iterator[Message]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "warning":
+            text = _template(node.args[0])
+            assert text is not None, f"{file}:{node.lineno}: no literal text\nhint: pass the values as arguments"
+            said, _, hint = _fill(text, node.args[1:]).partition("\nhint: ")
+            said = " ".join(said.split())
+            if said == "ERROR":  # the text is an error, which has its own entry
+                continue
+            name = str(file.relative_to(_ROOT))
+            cure = next((cure for start, cure in CURES["warnings"].items() if said.startswith(start)), "")
+            yield Message(f"{name}:{node.lineno}", "", said, 0, " ".join(hint.split()) or cure)
+
+
+def _fill(text: str, values: list[ast.expr]) -> str:
+    """The text of a log line, with words in capitals for its arguments."""
+    remaining = iter(values)
+    return re.sub(r"%[-+.\d]*[sdgf]|%%", lambda part: "%" if part[0] == "%%" else _value(next(remaining)), text)
 
 
 def _messages_of(file: Path) -> Iterator[Message]:
@@ -91,6 +129,10 @@ def _template(node: ast.expr) -> str | None:
 
 
 def _value(node: ast.AST) -> str:
+    if isinstance(node, ast.IfExp) and isinstance(node.body, ast.Constant) and isinstance(node.orelse, ast.Constant):
+        return str(node.body.value or node.orelse.value)  # the plural of a word
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and isinstance(node.left, ast.Constant):
+        return str(node.left.value)
     code = ast.unparse(node)
     if "hint" in code.lower() or "_CONVERT" in code:
         return "HINT"
@@ -105,9 +147,11 @@ def errors_page() -> str:
     for area in dict.fromkeys(message.area for message in messages):
         title, about = CURES["areas"].get(area, [area, ""])
         lines += [f"## {title}", "", about, "", "| message | exit | what helps |", "|---|---|---|"]
-        rows = {message.text: message for message in messages if message.area == area}
-        lines += [f"| {_cell(text)} | {rows[text].code} | {_cell(rows[text].cure)} |" for text in sorted(rows)]
+        rows = {(message.text, message.code, message.cure) for message in messages if message.area == area}
+        lines += [f"| {_cell(text)} | {code} | {_cell(cure)} |" for text, code, cure in sorted(rows)]
         lines.append("")
+    warnings = {(warning.text, warning.cure) for warning in find_warnings()}
+    lines += [_WARNINGS, *(f"| {_cell(text)} | {_cell(cure)} |" for text, cure in sorted(warnings)), ""]
     return "<!-- `make reference` writes this page from the code. -->\n\n" + "\n".join(lines)
 
 

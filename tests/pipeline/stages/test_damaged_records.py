@@ -43,7 +43,7 @@ def test_the_item_of_a_damaged_record_is_processed_again(unfinished: Path, tmp_p
     with caplog.at_level(logging.WARNING):
         manifest = run_stage(again)
     assert sorted(again.processed) == ["000001", "000005"]
-    assert caplog.text.count(f"{path} is") == 1 and "the item is made again" in caplog.text
+    assert caplog.text.count(f"{path} is") == 1 and "the item is processed again" in caplog.text
     whole = Path(stage_folder(Count(tmp_path / "whole")))
     assert lasting_files(unfinished) == lasting_files(whole)
     assert without_run_facts(manifest) == without_run_facts(json.loads((whole / "manifest.json").read_text()))
