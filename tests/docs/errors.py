@@ -22,8 +22,8 @@ _NO_NAMES = {"join", "map", "str", "repr", "sorted", "len", "set", "int", "if", 
              "config", "f", "r", "sum", "type", "keys", "splitlines", "strip"}
 _HEAD = """# Error messages
 
-Every error of the program, by the part that raises it, and every [warning](#warnings) of its log. Words in capitals stand
-for values.
+Every error of the program, by the part that raises it, and every [warning](#warnings) of its log. Words in capitals
+stand for values.
 Exit code 1: items failed or data is damaged. Exit code 2: invalid usage, and nothing was changed.
 [Troubleshooting](../troubleshooting.md) begins with symptoms.
 [Reasons in the ledger](ledger.md) explains why single samples are left out.
