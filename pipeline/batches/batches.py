@@ -9,6 +9,8 @@ A batch is a dict of arrays:
 | neighbors | (B, k, D) float16 | unit vectors, zeros for missing neighbors |
 | rows | (B,) int64 | global rows |
 | own | (B, D) float16 | vectors of the images or of their captions, if requested |
+
+A forgotten image is never in a batch: another row takes its place, and as a neighbor it counts as missing.
 """
 
 from functools import partial
@@ -16,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.batches.forgotten import ForgottenRows
 from pipeline.batches.images import DatasetImages, open_array, shard_numbers
 from pipeline.batches.order import Order
 from pipeline.batches.prefetch import Prefetcher
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
+from pipeline.datasets.takedowns import read_forgotten_rows
 from pipeline.neighbors.files import has_vectors, neighbor_files
 
 OWN = {"image": "embeddings", "caption": "text_embeddings"}
@@ -50,7 +54,11 @@ class Batches:
         self.shift = 0 if true_neighbors else int(self.offsets[-1]) // 2
         # If the neighbor lists hold vectors, they are read in one piece with the samples.
         self.vectors = None if has_vectors(dataset, database) else Embeddings(database)
-        self.lists = self._lists(database)
+        self.lists = self._lists(database, ".ids.npy" if self.vectors else ".vectors.npy")
+        self.forgotten = ForgottenRows(dataset, self.offsets)
+        self.forgotten_neighbors = read_forgotten_rows(database)
+        self.ids = (self._lists(database, ".ids.npy")
+                    if self.vectors is None and len(self.forgotten_neighbors) else self.lists)
         self.own = Embeddings(dataset, OWN[own]) if own != "none" else None
         self.latents = self._latents() if latents else None
         self.pictures = None if latents else DatasetImages(dataset, size, decoded_bytes, threads)
@@ -59,16 +67,16 @@ class Batches:
     def at(self, step: int) -> dict[str, np.ndarray]:
         """This rank's contiguous part of the global batch of `step`. Some ranks have one more if it does not divide."""
         self._look_ahead(step)
-        rows = self.order.rows(step)[self.mine]
+        rows = self.forgotten.replace(self.order.rows(step)[self.mine])
         batch = {"image": self.pictures.rows(rows)} if self.pictures else {"latent": self._sample_latents(rows, step)}
         batch |= {"rows": rows, "neighbors": self._neighbors((rows + self.shift) % self.offsets[-1])}
         return batch | ({"own": self.own.rows(rows)} if self.own else {})
 
-    def _lists(self, database: Dataset) -> Prefetcher[np.ndarray]:
-        """The neighbors of each shard: their vectors if the lists hold them, else their rows."""
+    def _lists(self, database: Dataset, suffix: str) -> Prefetcher[np.ndarray]:
+        """The neighbors of each shard: their rows or their vectors."""
         name = f"neighbors/{database.label}"
         records = self.dataset.manifest(name)["items"]
-        lists = self._arrays(name, neighbor_files(records, ".ids.npy" if self.vectors else ".vectors.npy"), records)
+        lists = self._arrays(name, neighbor_files(records, suffix), records)
         if (stored := lists[0].shape[1]) < self.k:
             raise ValueError(f"k = {self.k} neighbors wanted, {self.dataset.label} has {stored} stored of each "
                              f"sample\nhint: a smaller --k, or python -m jobs neighbors {self.dataset.label} "
@@ -97,7 +105,8 @@ class Batches:
             self.latents.want(shards)
         if self.pictures:
             self.pictures.want(shards)
-        self.lists.want(self._shifted(shards) if self.shift else shards)
+        for lists in (self.lists, self.ids):  # the second call changes nothing if both are one
+            lists.want(self._shifted(shards) if self.shift else shards)
 
     def _shifted(self, shards: list[int]) -> list[int]:
         """The shards that hold the shifted neighbors of the samples of `shards`."""
@@ -107,8 +116,16 @@ class Batches:
         return neighbor_shards[np.sort(first)].tolist()
 
     def _neighbors(self, rows: np.ndarray) -> np.ndarray:
-        neighbors = np.stack([self.lists[shard][position][:self.k] for shard, position in self._places(rows)])
+        places = self._places(rows)
+        neighbors = self._stack(self.lists, places)
+        if len(self.forgotten_neighbors):
+            ids = neighbors if self.vectors else self._stack(self.ids, places)
+            neighbors[np.isin(ids, self.forgotten_neighbors)] = -1 if self.vectors else 0
         return self.vectors.rows(neighbors) if self.vectors else neighbors
+
+    def _stack(self, lists: Prefetcher[np.ndarray], places: list[tuple[int, int]]) -> np.ndarray:
+        """The entries of the k nearest neighbors at these places, (B, k) or (B, k, D)."""
+        return np.stack([lists[shard][position][:self.k] for shard, position in places])
 
     def _sample_latents(self, rows: np.ndarray, step: int) -> np.ndarray:
         """A latent of each row. The choice of its augmentation depends only on the step and the place in the batch."""
