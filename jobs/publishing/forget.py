@@ -197,6 +197,6 @@ def forget_text(report: dict[str, Any]) -> str:
         if entry["runs"]:
             lines.append(f"  runs that used it: {', '.join(entry['runs'])}")
     names = sorted({entry["dataset"].split("@")[0] for entry in report["found"]})
-    lines.append(f"the shards keep their bytes until the next version: rebuild {' / '.join(names)}; then gc; neighbor "
-                 f"lists and runs do not change")
+    lines.append(f"the shards keep their bytes until the next version: rebuild {' / '.join(names)}; then gc; "
+                 f"training leaves them out from its next start, the weights of runs do not change")
     return "\n".join(lines)
