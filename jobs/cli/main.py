@@ -23,7 +23,7 @@ from pipeline.hardware import devices
 from pipeline.stages.types import StageFailed
 
 _log = logging.getLogger(__name__)
-_NO_WAY = "hint: --root must be a place where this user may write, and TMPDIR too"
+_NO_WAY = "hint: --root must be a place where this user may read and write, and TMPDIR too"
 _GO_ON = "hint: nothing that is recorded is lost; the same command continues from here"
 
 
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         if isinstance(error, BrokenPipeError) and _unheard():
             return 0
-        text = storage.disk_full_message(error) or str(error)
+        text = storage.disk_full_message(error) or storage.denial_message(error) or str(error)
         if "hint:" not in text and (sentence := devices.failure_hint(error)):
             text = f"{text.splitlines()[0]}\n{sentence}"
         if "hint:" not in text:

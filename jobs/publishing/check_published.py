@@ -15,14 +15,17 @@ from pipeline.datasets.published import Published
 from pipeline.datasets.signatures import NO_KEYS, ReleaseKeys, read_release_keys
 from pipeline.storage import DamagedFile
 
+_CONTROL_FILES = ("mark.json", "rebuild.json", "gates.json")
+"""Files of a version that its release does not name."""
 Fault = dict[str, str]
 """{"path": a place below the root, "fault": a sentence}."""
 
 
 def list_published(root: str) -> list[str]:
-    """The datasets of a root with a published version, including those with a damaged or lost pointer."""
-    names = storage.list_folders(storage.join(storage.normalize(root), "datasets"))
-    return [name for name in names if _is_published(root, name)]
+    """The datasets of a root with a published version, including those with a damaged or lost pointer or folder."""
+    names = {name for folder in ("datasets", "published")
+             for name in storage.list_folders(storage.join(storage.normalize(root), folder))}
+    return [name for name in sorted(names) if _is_published(root, name)]
 
 
 def _is_published(root: str, name: str) -> bool:
@@ -96,6 +99,7 @@ def _check_version(current: Published, version: str, *, quick: bool) -> list[Fau
     checks: list[tuple[str, Callable[[], Any]]] = [(name, partial(dataset.manifest, name)) for name in stages]
     checks += [(name, partial(dataset.is_sealed, name)) for name in published.STAGES if name not in stages]
     checks.append(("forgotten.json", partial(takedowns.read_forgotten_rows if quick else _check_hidden_rows, dataset)))
+    checks += [(name, partial(_refuse_odd, storage.join(current.root, base, name))) for name in _CONTROL_FILES]
     faults = []
     for name, check in checks:
         try:
@@ -103,6 +107,12 @@ def _check_version(current: Published, version: str, *, quick: bool) -> list[Fau
         except ValueError as error:
             faults.append(_fault(f"{base}/{name}", error))
     return faults
+
+
+def _refuse_odd(url: str) -> None:
+    """DamagedFile if a folder, a pipe or a broken link is in the place of a file that may be missing."""
+    with contextlib.suppress(FileNotFoundError):
+        storage.refuse_special_file(url)
 
 
 def _check_hidden_rows(dataset: Dataset) -> None:

@@ -171,6 +171,9 @@ def _refuse_version(current: Published, version: str) -> None:
     document = list_publications(current).get(version)
     if document is None and current.keys.accepted:
         raise ValueError(f"{label} was never published with an accepted signature, so it cannot be again\n{hint}")
+    if document is None and (damaged := current.damaged_history()):
+        raise DamagedFile(f"{label} is not in the history, and {damaged[0]} is no publication: it may be that of "
+                          f"{version}\nhint: python -m jobs verify --quick --only published/{current.name}")
     if document is None and release_files.has_release(Dataset(current.root, current.name, version)):
         raise ValueError(f"{label} has a release, but the history does not name it: it was never published, or its "
                          f"entry is lost\n{hint}")

@@ -65,10 +65,19 @@ def is_removed(root: str, name: str, version: str) -> bool:
     """
     dataset = Dataset(root, name, version)
     if version_marks.read_mark(dataset) is None:
-        return release_files.has_release(dataset) and not dataset.is_sealed("shards")
+        return release_files.has_release(dataset) and not _has_manifest(dataset, "shards")
     if not version_marks.is_removing(dataset):
         return False
-    return not release_files.has_release(dataset) or not all(map(dataset.is_sealed, _IN_EACH_RELEASE))
+    return not release_files.has_release(dataset) or not all(_has_manifest(dataset, stage)
+                                                             for stage in _IN_EACH_RELEASE)
+
+
+def _has_manifest(dataset: Dataset, stage: str) -> bool:
+    """Whether a stage has a manifest, or something odd in its place, which gc has not put there."""
+    try:
+        return dataset.is_sealed(stage)
+    except DamagedFile:
+        return True
 
 
 def find_earlier_version(current: Published) -> tuple[str, dict[str, str]]:

@@ -10,6 +10,7 @@ from pipeline import storage
 from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
 from pipeline.stages.documents import check_release
 from pipeline.stages.manifest import code_revision, read_manifest
+from pipeline.storage import DamagedFile
 
 _log = logging.getLogger(__name__)
 
@@ -72,8 +73,11 @@ def find_missing_files(dataset: Dataset, manifests: Mapping[str, str], *, read: 
 
 
 def has_release(dataset: Dataset) -> bool:
-    """Whether a version has a release, even a damaged one."""
-    return storage.exists(release_url(dataset))
+    """Whether a version has a release, even a damaged one, or something odd in its place."""
+    try:
+        return storage.exists(release_url(dataset))
+    except DamagedFile:
+        return True
 
 
 def read_release(dataset: Dataset) -> tuple[dict[str, Any] | None, bytes]:

@@ -64,7 +64,7 @@ def open_source(config: ShardConfig) -> Source:
 
 
 def _is_folder(source: str) -> bool:
-    return not (source.lower().endswith(_FILE_SUFFIXES) or is_pattern(source) or storage.exists(source))
+    return not (source.lower().endswith(_FILE_SUFFIXES) or is_pattern(source) or storage.is_file(source))
 
 
 def _list_names(source: str) -> _Listed:

@@ -260,7 +260,7 @@ def _parse_document(data: bytes) -> tuple[dict[str, Any], list[str]] | None:
 def split_pattern(address: str) -> tuple[str, re.Pattern[str]]:
     """A folder, and the pattern that names below it must match: * stays in a folder, ** does not."""
     if "*" not in address and "?" not in address:
-        if address.lower().endswith(SUFFIXES) and storage.exists(address):
+        if address.lower().endswith(SUFFIXES) and storage.is_file(address):
             folder, _, name = storage.normalize(address).rpartition("/")
             return folder, re.compile(re.escape(name))
         return storage.normalize(address), re.compile(".*", re.DOTALL)

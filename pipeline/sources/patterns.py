@@ -18,7 +18,7 @@ _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 
 def is_pattern(source: str) -> bool:
     """Whether a name is a pattern. A file or folder with this very name comes first."""
-    return (glob.has_magic(source) or "{" in source) and not storage.exists(source) and not _is_folder(source)
+    return (glob.has_magic(source) or "{" in source) and not storage.is_file(source) and not _is_folder(source)
 
 
 def match_pattern(source: str) -> list[str]:
@@ -30,7 +30,7 @@ def match_pattern(source: str) -> list[str]:
     if len(names) == 1:
         return _glob(names[0])
     files = storage.map_urls(lambda name: _glob(name) if glob.has_magic(name) else
-                             [storage.normalize(name)] if storage.exists(name) else [], names)
+                             [storage.normalize(name)] if storage.is_file(name) else [], names)
     if missing := [name for name, matches in zip(names, files, strict=True) if not matches]:
         raise ValueError(f"{source} stands for {len(names)} names, and {len(missing)} of them do not exist: "
                          f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}\n"

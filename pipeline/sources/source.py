@@ -140,7 +140,7 @@ def list_source_files(source: str, kind: str) -> list[str]:
         matches = match_pattern(source)
         # As in folders; a pattern that names other endings means them.
         return [address for address in matches if address.lower().endswith(suffixes)] or matches
-    if storage.exists(source):
+    if storage.is_file(source):
         return [storage.normalize(source)]
     try:
         names = [name for name, length in sorted(storage.walk(source))

@@ -15,19 +15,14 @@ from pipeline.storage.addresses import (
 from pipeline.storage.cache import cache_folder, fetch, fetch_and_open, local_copy
 from pipeline.storage.conditional import can_swap, create_bytes, put_checked, swap_bytes
 from pipeline.storage.credentials import redact_credentials, redact_known_credentials, redact_url
-from pipeline.storage.errors import DamagedFile, StorageError, disk_full_message, refuse_special_file
+from pipeline.storage.errors import DamagedFile, StorageError, denial_message, disk_full_message, refuse_special_file
 from pipeline.storage.file_names import file_below, is_file_name, is_path_below, is_whole_address, manifest_file_url
 from pipeline.storage.files import (
     check_store,
     download,
     exists,
-    glob,
+    is_file,
     json_bytes,
-    list_files,
-    list_folders,
-    list_names,
-    list_sizes_and_times,
-    list_stamps,
     map_urls,
     modified_time,
     open_reader,
@@ -45,11 +40,19 @@ from pipeline.storage.files import (
     size,
     stamp,
     summarize_file,
-    walk,
 )
 from pipeline.storage.hashing import describe_file, digest, name_by_content
 from pipeline.storage.lease import Holder, Lease, LeaseConflict, find_holders, hold_lease, remove_ended_leases
 from pipeline.storage.leftovers import remove_unfinished
+from pipeline.storage.listings import (
+    glob,
+    list_files,
+    list_folders,
+    list_names,
+    list_sizes_and_times,
+    list_stamps,
+    walk,
+)
 from pipeline.storage.printable import escape_controls
 from pipeline.storage.private_folder import make_private_folder
 
@@ -63,6 +66,7 @@ __all__ = [
     "can_swap",
     "check_store",
     "create_bytes",
+    "denial_message",
     "describe_file",
     "digest",
     "disk_full_message",
@@ -75,6 +79,7 @@ __all__ = [
     "find_holders",
     "glob",
     "hold_lease",
+    "is_file",
     "is_file_name",
     "is_local",
     "is_path_below",

@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.storage.addresses import is_local, join, local_path
-from pipeline.storage.errors import StorageError, storage_errors
+from pipeline.storage.errors import (
+    DamagedFile,
+    StorageError,
+    refuse_special_file,
+    refuse_special_folder,
+    storage_errors,
+)
 from pipeline.storage.files import (
     FileSystem,
     exists,
@@ -178,8 +184,14 @@ def _locked(folder: str) -> Iterator[None]:
     filelock takes the same lock (flock) by the same two calls on a file system, and it cannot lock on S3. There the
     store's conditional writes do the same work, so a lock is needed only here, for the length of one swap.
     """
+    refuse_special_folder(folder)
     os.makedirs(folder, exist_ok=True)
-    descriptor = os.open(os.path.join(folder, ".swap"), os.O_CREAT | os.O_RDWR, 0o644)
+    lock = os.path.join(folder, ".swap")
+    with contextlib.suppress(FileNotFoundError):
+        refuse_special_file(lock)
+    if os.path.islink(lock):
+        raise DamagedFile(f"{lock} is a link: expected a file\nhint: remove {lock}; then python -m jobs verify")
+    descriptor = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)  # a link would make a file anywhere
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

@@ -5,10 +5,16 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
 
 from pipeline.storage.addresses import is_local, local_path
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_DENIED = {errno.EACCES, errno.EPERM}
+_ODD = {errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENXIO}
+"""Errors of a disk where something else stands in the place of a file or folder."""
+FILE, FOLDER = "a file", "a folder"
 
 
 class StorageError(OSError):
@@ -26,6 +32,24 @@ def disk_full_message(error: BaseException) -> str:
     return f"no space is left on the disk of {error.filename}" if error.filename else "no space is left on a disk"
 
 
+def denial_message(error: BaseException) -> str:
+    """A sentence if `error` says that a disk is read-only, or that this user may not use a file; "" if anything else.
+
+    It names the folder where a file was to be written: the file may have had a temporary name.
+    """
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in {errno.EROFS, *_DENIED}:
+        return ""
+    path = Path(os.fsdecode(error.filename))
+    folder = next((parent for parent in path.parents if os.path.isdir(parent)), path.parent)
+    if error.errno == errno.EROFS:
+        return f"{folder} is on a read-only file system: expected a place to write"
+    if not os.access(folder, os.R_OK | os.X_OK, effective_ids=True):
+        return f"this user may not read {folder}"
+    if os.access(folder, os.W_OK, effective_ids=True) or os.path.exists(path):
+        return f"this user may not use {path}"
+    return f"this user may not write in {folder}"
+
+
 @contextlib.contextmanager
 def storage_errors(url: str, doing: str) -> Iterator[None]:
     """Turn a client library's own exceptions into one sentence; a disk's OSErrors pass as they are."""
@@ -34,6 +58,8 @@ def storage_errors(url: str, doing: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise StorageError(error.errno, os.strerror(error.errno), url) from error
+        if error.errno in _ODD:
+            _explain_odd(url)
         if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") == "NoSuchBucket":
             raise StorageError(f"cannot {doing} {url}: there is no such bucket\n"
                                f"hint: make it, or see whether it is spelled right") from error
@@ -45,6 +71,12 @@ def storage_errors(url: str, doing: str) -> Iterator[None]:
         if type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp", "s3fs"}:
             raise StorageError(f"cannot {doing} {url}: {error}{_network_hint(error)}") from error
         raise
+
+
+def _explain_odd(url: str) -> None:
+    """DamagedFile if something odd stands at a local `url` or above it."""
+    with contextlib.suppress(FileNotFoundError):
+        refuse_special_file(url)
 
 
 def _network_hint(error: BaseException | None) -> str:
@@ -61,6 +93,19 @@ def _network_hint(error: BaseException | None) -> str:
     return ""
 
 
+def find_kind(path: Path) -> str:
+    """The kind of what stands at a local path: "a file", "a folder", or the name of something odd; "" for nothing."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "a link that leads nowhere" if path.is_symlink() else ""
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return "a link that leads in a circle" if path.is_symlink() else ""  # else a folder above is that link
+    return FILE if stat.S_ISREG(mode) else FOLDER if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+
+
 def refuse_special_file(url: str) -> None:
     """DamagedFile if something else than a file stands at a local `url`: a folder, a pipe, a link that leads nowhere.
 
@@ -68,13 +113,27 @@ def refuse_special_file(url: str) -> None:
     """
     if is_local(url):
         path = local_path(url)
-        try:
-            mode = os.stat(path).st_mode
-        except OSError:
-            if not path.is_symlink():
-                raise
-            mode = stat.S_IFLNK
-        if not stat.S_ISREG(mode):
-            kind = ("a folder" if stat.S_ISDIR(mode) else "a link that leads nowhere" if stat.S_ISLNK(mode) else
-                    "a pipe, a socket or a device")
-            raise DamagedFile(f"{url} is {kind}: expected a file\nhint: remove {url}; then python -m jobs verify")
+        kind = find_kind(path)
+        if not kind:
+            refuse_special_folder(str(path.parent))
+            os.stat(path)  # an error, unless the file came at this moment
+        elif kind != FILE:
+            _refuse(path, kind, FILE)
+
+
+def refuse_special_folder(url: str) -> None:
+    """DamagedFile if a local folder, or one above it, is something else, such as a link that leads nowhere.
+
+    Nothing counts as missing below such a link: it is not known.
+    """
+    if is_local(url):
+        path = local_path(url)
+        for folder in (path, *path.parents):
+            if kind := find_kind(folder):
+                if kind != FOLDER:
+                    _refuse(folder, kind, FOLDER)
+                return
+
+
+def _refuse(path: Path, kind: str, expected: str) -> NoReturn:
+    raise DamagedFile(f"{path} is {kind}: expected {expected}\nhint: remove {path}; then python -m jobs verify")

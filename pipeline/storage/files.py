@@ -15,8 +15,15 @@ from typing import Any, TypeAlias, TypeVar
 
 import fsspec
 
-from pipeline.storage.addresses import ATTEMPTS, S3_SCHEMES, is_local, local_path, normalize
-from pipeline.storage.errors import DamagedFile, refuse_special_file, storage_errors
+from pipeline.storage.addresses import ATTEMPTS, S3_SCHEMES, is_local, local_path
+from pipeline.storage.errors import (
+    FILE,
+    DamagedFile,
+    find_kind,
+    refuse_special_file,
+    refuse_special_folder,
+    storage_errors,
+)
 
 FileSystem: TypeAlias = fsspec.AbstractFileSystem
 _T = TypeVar("_T")
@@ -51,13 +58,30 @@ def open_url(url: str) -> tuple[FileSystem, str]:
 
 
 def exists(url: str) -> bool:
-    """Whether a file or object stands at `url`."""
+    """Whether a file or object stands at `url`.
+
+    DamagedFile if something else does, such as a folder or a link that leads nowhere, or if it lies below such a link.
+    """
+    if is_local(url):
+        with contextlib.suppress(FileNotFoundError):
+            refuse_special_file(url)
+            return True
+        return False
+    return _object_exists(url)
+
+
+def is_file(url: str) -> bool:
+    """Whether a file or object stands at `url`, a path of the user that may as well be a folder or something else."""
+    return find_kind(local_path(url)) == FILE if is_local(url) else _object_exists(url)
+
+
+def _object_exists(url: str) -> bool:
     fs, path = open_url(url)
     with storage_errors(url, "look at"):
         try:
             # Not fs.isfile, which takes a store that does not answer for one without the file.
             return fs.info(path)["type"] == "file"
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return False
 
 
@@ -78,114 +102,17 @@ def size(url: str) -> int:
         return int(fs.info(path)["size"])
 
 
-def list_files(url: str) -> list[str]:
-    """Sorted names of the files directly below the folder `url`; empty if there is no such folder."""
-    fs, path = open_url(url)
-    with storage_errors(url, "list"):
-        try:
-            return sorted(entry["name"].rsplit("/", 1)[-1] for entry in fs.ls(path, detail=True)
-                          if entry["type"] == "file")
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-
-
-def list_names(url: str) -> list[str]:
-    """Sorted names of all that stands directly below the folder `url`: files, folders, links, pipes."""
-    fs, path = open_url(url)
-    with storage_errors(url, "list"):
-        try:
-            return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=True))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-
-
-def list_folders(url: str) -> list[str]:
-    """Sorted names of the folders directly below `url`."""
-    fs, path = open_url(url)
-    with storage_errors(url, "list"):
-        try:
-            return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=True)
-                          if entry["type"] == "directory")
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-
-
-def walk(url: str) -> Iterator[tuple[str, int | None]]:
-    """Every file below `url` as (relative name, bytes), in no fixed order; hidden names left out.
-
-    None instead of bytes: a link that leads nowhere, or no regular file. OSError for a folder that cannot be read.
-    """
-    if is_local(url):
-        base = str(local_path(url))
-        seen = set()
-        for folder, inner, files in os.walk(base, onerror=raise_error, followlinks=True):
-            real = os.path.realpath(folder)
-            if real in seen:  # a link to a folder above or beside
-                inner.clear()
-                continue
-            seen.add(real)
-            inner[:] = [name for name in inner if not name.startswith(".")]
-            for name in files:
-                full = os.path.join(folder, name)
-                if not name.startswith("."):
-                    length = os.path.getsize(full) if os.path.isfile(full) else None
-                    yield os.path.relpath(full, base).replace(os.sep, "/"), length
-        return
-    fs, path = open_url(url)
-    with storage_errors(url, "list"):
-        entries = fs.find(path, detail=True)
-    for full, info in entries.items():
-        name = full[len(path):].lstrip("/")
-        if name and not any(part.startswith(".") for part in name.split("/")):
-            yield name, int(info["size"])
-
-
-def list_stamps(url: str) -> dict[str, str]:
-    """A stamp of each file below `url`, by relative name: size and time, or size and ETag.
-
-    A file with an unchanged stamp counts as unchanged. Hidden names are left out.
-    """
-    if is_local(url):
-        base = local_path(url)
-        stats = ((name, os.stat(base / name)) for name, length in walk(url) if length is not None)
-        return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in stats}
-    fs, path = open_url(url)
-    with storage_errors(url, "list"):
-        listed = fs.find(path, detail=True)
-    return {full[len(path):].lstrip("/"): f"{info['size']}-{info.get('ETag') or info.get('mtime')}".replace('"', "")
-            for full, info in listed.items()}
-
-
-def list_sizes_and_times(url: str) -> dict[str, tuple[int, float]]:
-    """Bytes and modification time (seconds of the epoch) of each file directly below the folder `url`, by name.
-
-    The time is 0 if the store does not tell it.
-    """
-    fs, path = open_url(url)
-    with storage_errors(url, "list"):
-        try:
-            if is_local(url):
-                with os.scandir(path) as entries:
-                    return {entry.name: (stat.st_size, stat.st_mtime) for entry in entries
-                            if entry.is_file() and (stat := entry.stat())}
-            listed = [info for info in fs.ls(path, detail=True) if info["type"] == "file"]
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-    times = [info.get("LastModified") for info in listed]
-    return {info["name"].rsplit("/", 1)[-1]: (int(info["size"]), time.timestamp() if time else 0.0)
-            for info, time in zip(listed, times, strict=True)}
-
-
 def stamp(url: str) -> str:
     """The size of the file at `url` with its time and inode, or with its ETag: another one if the file was replaced.
 
     Empty if the store tells neither a time nor an ETag. FileNotFoundError if there is no file.
     """
-    if is_local(url):
-        stat = os.stat(local_path(url))
-        return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
     fs, path = open_url(url)
     with storage_errors(url, "look at"):
+        if is_local(url):
+            refuse_special_file(url)
+            stat = os.stat(path)
+            return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
         info = fs.info(path)
     mark = info.get("ETag") or info.get("mtime")
     return f"{info['size']}-{mark}" if mark else ""
@@ -195,15 +122,9 @@ def modified_time(url: str) -> float:
     """When the file at `url` was written, in seconds of the epoch; FileNotFoundError if there is none."""
     fs, path = open_url(url)
     with storage_errors(url, "look at"):
+        if is_local(url):
+            return os.stat(path, follow_symlinks=os.path.exists(path)).st_mtime  # or of a link that leads nowhere
         return fs.modified(path).timestamp()
-
-
-def glob(pattern: str) -> list[str]:
-    """Sorted addresses of the files that match a pattern (*, **, ?)."""
-    fs, path = open_url(normalize(pattern))
-    prefix = "" if is_local(pattern) else pattern.split("://", 1)[0] + "://"
-    with storage_errors(pattern, "list"):
-        return sorted(prefix + name for name, info in fs.glob(path, detail=True).items() if info["type"] == "file")
 
 
 def _open_to_read(url: str) -> tuple[FileSystem, str]:
@@ -311,11 +232,6 @@ def put_bytes(data: bytes, url: str) -> None:
             fs.pipe_file(path, data)
 
 
-def raise_error(error: OSError) -> None:
-    """Raise an error, as a callback of os.walk."""
-    raise error
-
-
 def put_json(document: Any, url: str) -> None:
     """Put `document` as JSON at `url`."""
     put_bytes(json_bytes(document), url)
@@ -372,6 +288,7 @@ def map_urls(function: Callable[[str], _T], urls: Iterable[str], *, threads: int
 def unfinished_file(path: str) -> Iterator[str]:
     """A random hidden name in the folder of `path`, gone afterwards whatever happened."""
     folder, name = os.path.split(path)
+    refuse_special_folder(folder)
     os.makedirs(folder, exist_ok=True)
     # Random and not the pid: after a crash the pid may come again.
     temporary = os.path.join(folder, f".{name[:80]}.{secrets.token_hex(8)}")

@@ -24,8 +24,9 @@ from typing import Any
 
 from pipeline.storage.addresses import is_local, join, local_path
 from pipeline.storage.errors import DamagedFile
-from pipeline.storage.files import list_files, modified_time, put_json, read_json, remove
+from pipeline.storage.files import modified_time, put_json, read_json, remove
 from pipeline.storage.leftovers import remove_unfinished
+from pipeline.storage.listings import list_files
 
 _log = logging.getLogger(__name__)
 RENEW_S = 15.0

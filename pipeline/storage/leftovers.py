@@ -8,7 +8,8 @@ from typing import Any
 
 from pipeline.storage.addresses import S3_SCHEMES, is_local, join, local_path
 from pipeline.storage.errors import StorageError, storage_errors
-from pipeline.storage.files import list_files, modified_time, open_url, remove
+from pipeline.storage.files import modified_time, open_url, remove
+from pipeline.storage.listings import list_files
 
 _log = logging.getLogger(__name__)
 ABANDONED_S = 3600.0  # a process that wrote nothing into an unfinished file for so long is dead

@@ -1,10 +1,8 @@
 import errno
-import hashlib
 import multiprocessing
 import os
 import resource
 import signal
-import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -226,22 +224,3 @@ def test_a_file_moves_or_is_copied_from_another_file_system(tmp_path, other_disk
         assert os.listdir(tmp_path / "there") == ["file"]
     finally:
         local.unlink(missing_ok=True)
-
-
-_SPECIAL = {"pipe": os.mkfifo, "folder": Path.mkdir, "device": lambda path: path.symlink_to("/dev/zero"),
-            "socket": lambda path: socket.socket(socket.AF_UNIX).bind(str(path))}
-
-
-@pytest.mark.timeout(20)
-@pytest.mark.parametrize("kind", _SPECIAL)
-def test_no_reader_waits_for_a_special_file(tmp_path: Path, kind: str) -> None:
-    url, entry = str(tmp_path / "m"), {"name": "m", "bytes": 0, "sha256": hashlib.sha256().hexdigest()}
-    _SPECIAL[kind](tmp_path / "m")
-    readers = [storage.read_bytes, storage.read_json, storage.sha256, storage.summarize_file,
-               lambda url: storage.sha256_file(Path(url)), lambda url: storage.read_range(url, 0, 1),
-               lambda url: storage.download(url, tmp_path / "copy"), lambda url: storage.fetch(url, entry),
-               lambda url: storage.local_copy(url, entry), lambda url: storage.open_reader(url).__enter__()]
-    for read in readers:
-        with pytest.raises(storage.DamagedFile, match=r"/m is a .*: expected a file\nhint: remove /"):
-            read(url)
-    assert not storage.exists(url) and storage.list_files(str(tmp_path)) == []
