@@ -16,7 +16,7 @@ _NUMBERS = {"1": "CC-BY-NC-SA-2.0", "2": "CC-BY-NC-2.0", "3": "CC-BY-NC-ND-2.0",
             "13": "CC-BY-ND-4.0", "14": "CC-BY-NC-4.0", "15": "CC-BY-NC-SA-4.0", "16": "CC-BY-NC-ND-4.0"}
 _NAMES = {"apache license 2.0": "Apache-2.0", "apache license, version 2.0": "Apache-2.0", "apache 2.0": "Apache-2.0",
           "mit license": "MIT", "the mit license": "MIT", "open government licence v3.0": "OGL-UK-3.0",
-          "open government licence": "OGL-UK-3.0", "ogl v3.0": "OGL-UK-3.0", "sil open font license 1.1": "OFL-1.1",
+          "ogl v3.0": "OGL-UK-3.0", "sil open font license 1.1": "OFL-1.1",
           "sil ofl 1.1": "OFL-1.1", "the unlicense": "Unlicense", "pd": "CC-PDM-1.0", "pdm": "CC-PDM-1.0"}
 
 _TAG = re.compile(r"""<[^<>]*?\bhref=["']?([^"'\s>]*)[^<>]*>|<[^<>]*>""")
@@ -40,7 +40,10 @@ _FILLERS = re.compile(r"""(?:[\s.,;:()\[\]'"/|–—-]|\b(?:some\ rights\ reserv
                       |universal|international|unported|generic)\b)*""", re.IGNORECASE | re.VERBOSE)
 
 _DENIAL = re.compile(r"(?<!some )\brights? reserved|\bnot\b|\bno deriv|non[\s_-]*commercial|\bn[cd]\b|\bin copyright\b|"
-                     r"\bcopyrighted|\bpermission|\brestricted|\bprohibit|\bfair use|/inc\b|\bnoc-nc\b", re.IGNORECASE)
+                     r"\bcopyrighted|\bpermission|\brestricted|\bprohibit|\bfair use|/inc\b|\bnoc-nc\b|\bonly\b|"
+                     r"\bno (?!known\b|copyright|(?:known )?restrictions|rights reserved)|\bexcept\b|\bexcluding\b|"
+                     r"\bsubject to\b|\bcontact\b|\bfees?\b|\beditorial\b|\beducational\b|"
+                     r"\b(?:personal|private|academic|research) (?:use|purpose)", re.IGNORECASE)
 _OWNED = re.compile(r"©|\(c\)|(?<!no )(?<!no known )\bcopyright\b", re.IGNORECASE)
 
 

@@ -47,7 +47,7 @@ def license_of(cells: Mapping[str, Any]) -> License:
                 continue
             others.append(text)
             is_denied |= is_number and denies_use(text)
-    flags = {cell_text(cell).strip().lower() for _, cell in _named_cells(cells, _PUBLIC_DOMAIN_COLUMNS)}
+    flags = {text.lower() for _, cell in _named_cells(cells, _PUBLIC_DOMAIN_COLUMNS) for text in _leaf_texts(cell)}
     if not known and flags & _TRUE and not any(map(names_owner, others)):
         known["CC-PDM-1.0"] = others[0] if others else "public domain"
     if not known:

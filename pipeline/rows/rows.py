@@ -45,6 +45,12 @@ class Row:
     """The reason in the ledger if there is no image; "": the usual one."""
 
 
+    @property
+    def more_files(self) -> list[str]:
+        """The files beside the image that versions up to 0.1 did not read."""
+        return [file for file in (self.later_caption_file, self.json_file) if file]
+
+
 @dataclass(frozen=True)
 class Part:
     """A piece of a source for one item: names and ranges, and the small files that hold lists."""

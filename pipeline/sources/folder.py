@@ -74,8 +74,7 @@ class FolderSource(Source):
             derived = self._layout_columns.get(row.number, set())
             columns = {name: cell for name, cell in row.columns.items() if name not in derived}
             facts = [row.name, row.caption, hashable_cells(columns), row.remarks, row.missing, row.caption_file]
-            digest.update(json.dumps([*facts, *([row.json_file] if row.json_file else [])],
-                                     sort_keys=True).encode() + b"\n")
+            digest.update(json.dumps([*facts, *row.more_files], sort_keys=True).encode() + b"\n")
         return digest.hexdigest()
 
     def column_types(self) -> dict[str, str]:

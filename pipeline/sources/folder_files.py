@@ -31,7 +31,7 @@ class FolderFiles:
     shard_tables: list[str] = field(default_factory=list)
     """Parquet files that img2dataset writes beside a folder of images: 00000.parquet beside 00000."""
     has_texts: bool = False
-    """Whether there is any text, beside an image or not: then an image without one lacks its caption."""
+    """Whether there is any .txt, or a text or JSON beside an image: an image without one lacks its caption then."""
     ignored: Counter[str] = field(default_factory=Counter)
     """How many files are of no use, by suffix or by system folder."""
 
@@ -66,6 +66,7 @@ def sort_files(listed: Iterable[tuple[str, int | None]]) -> FolderFiles:
             files.ignored[suffix_of(name)] += 1
     for stem, name in (each for named in texts for each in named.items()):
         files.texts.setdefault(stem, []).append(name)
+    files.has_texts |= bool(files.texts or files.documents)
     for folder in sorted(tables, key=lambda folder: (-folder.count("/") - bool(folder), folder)):
         by_rank = sorted(tables[folder], key=lambda name: _TABLE_RANK[name.rpartition("/")[2]])
         files.tables.append(by_rank[0])

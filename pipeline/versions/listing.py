@@ -1,6 +1,6 @@
 """The listing of a version: a table with one row for each row of its source.
 
-name mark stamp    name of the row, hash of its cells in the source, size and time of its file
+name mark stamp    name of the row, hash of its cells in the source, size and time of its files: the image, then texts
 sha256             hash of the fetched bytes
 shard row status   item of the shard stage, row of the source at that time, status in the metadata
 """
@@ -25,6 +25,7 @@ from pipeline.storage import parquet
 LISTING, DEAD = "listing.parquet", "dead.txt"
 LISTING_SCHEMA = pa.schema([(name, pa.string()) for name in ("name", "mark", "stamp", "sha256", "shard")]
                      + [("row", pa.int64()), ("status", pa.string())])
+UNKNOWN_STAMP = "?"
 _READERS = 16  # threads that read metadata
 _SHARDS_AT_ONCE = 64
 _PIECE_ROWS = 1 << 16
@@ -78,9 +79,10 @@ def _listing_of(version: Dataset, record: dict[str, Any]) -> pa.Table:
              for row in table.select(["url", "caption", *others]).take(first).to_pylist()]
     about = table.select(["original_sha256", "source_row", "status"]).take(telling)
     count = len(first)
-    return pa.table([table["url"].take(first), pa.array(marks, pa.string()), pa.array(["?"] * count, pa.string()),
-                     pc.fill_null(about["original_sha256"], ""), pa.array([record["id"]] * count, pa.string()),
-                     about["source_row"], about["status"]], schema=LISTING_SCHEMA)
+    return pa.table([table["url"].take(first), pa.array(marks, pa.string()),
+                     pa.array([UNKNOWN_STAMP] * count, pa.string()), pc.fill_null(about["original_sha256"], ""),
+                     pa.array([record["id"]] * count, pa.string()), about["source_row"], about["status"]],
+                    schema=LISTING_SCHEMA)
 
 
 def rows_of_source(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:

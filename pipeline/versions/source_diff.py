@@ -23,7 +23,7 @@ from pipeline.sources.config import ShardConfig
 from pipeline.sources.detect import open_source
 from pipeline.sources.source import Source
 from pipeline.stages.scratch import scratch_folder
-from pipeline.versions.listing import LISTING_SCHEMA, groups, wide
+from pipeline.versions.listing import LISTING_SCHEMA, UNKNOWN_STAMP, groups, wide
 
 _ROWS, _SOURCE = "rows.jsonl", "source.arrow"
 # old_name and old_mark: as versions up to 0.1 stored a row, null where that is the same.
@@ -98,6 +98,7 @@ class SourceDiff:
         source = self._table(_SOURCE)
         old = _matches(source, before, ["stamp", "sha256"])
         return np.flatnonzero(_bools(pc.not_equal(source["stamp"], old["stamp"]))
+                              & ~_texts_differ(source["stamp"], old["stamp"])
                               & _bools(pc.not_equal(old["sha256"], "")))
 
     def against(self, before: pa.Table, hashes: Hashes) -> "SourceDiff":
@@ -164,7 +165,8 @@ def _read_source(source: Source, forgotten: Forgotten, lines: BinaryIO, reading:
             if forgotten.has_name(name):
                 continue
             row.number, number = number, number + 1
-            stamp = ":".join(stamps.get(file, "") for file in (row.name, row.caption_file, row.json_file) if file)
+            files = filter(None, (row.name, row.caption_file, *row.more_files))
+            stamp = ":".join(stamps.get(file, "") for file in files)
             old_name = old_source_name(row)
             is_same = old_name == name and redact_cells(row.columns) == row.columns
             cells.append((name, _mark(row, 0), old_name if old_name != name else None,
@@ -175,6 +177,12 @@ def _read_source(source: Source, forgotten: Forgotten, lines: BinaryIO, reading:
             tables.append(pa.table([pa.array(column, field.type) for column, field in
                                     zip(zip(*cells, strict=True), _SOURCE_SCHEMA, strict=True)], _SOURCE_SCHEMA))
     return pa.concat_tables(tables)
+
+
+def _texts_differ(stamps: pa.ChunkedArray, before: pa.ChunkedArray) -> np.ndarray:
+    """Whether files beside the image look other than they did, whose words no hash of a version tells; (N,) bool."""
+    texts, old_texts = (pc.replace_substring_regex(each, "^[^:]*", "") for each in (stamps, before))
+    return _bools(pc.not_equal(texts, old_texts)) & _bools(pc.not_equal(before, UNKNOWN_STAMP))
 
 
 def _source_rows(source: Source, reading: ReadReport) -> Iterator[Row]:
@@ -190,7 +198,7 @@ def _mark(row: Row, position: int) -> str:
     """A hash of what the source says of a row; `position` is its place among the rows of its name."""
     cells = hashable_cells(redact_cells(row.columns))
     return storage.digest([source_name(row), row.caption, cells, row.digest, row.caption_file,
-                           *([row.json_file] if row.json_file else []), position])
+                           *row.more_files, position])
 
 
 def _old_mark(row: Row, position: int) -> str:

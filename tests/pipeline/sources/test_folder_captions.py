@@ -76,6 +76,13 @@ def test_text_files_beside_images_may_have_any_spelling(tmp_path):
     assert rows == {"a.png": "kohya", "b.png": "large letters", "c.jpg": "this", "d.png": "listed"}
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".TXT", ".caption", ".json"])
+def test_an_image_without_a_text_is_named_if_others_have_one(tmp_path, suffix):
+    source = write_images(tmp_path / "source", "a.png", "b.png")
+    (source / f"a{suffix}").write_text('{"caption": "a"}' if suffix == ".json" else "a")
+    assert [row.remarks for row in open_path(source)._rows()] == [[], ["caption_missing"]]
+
+
 def test_the_first_text_that_is_not_empty_counts_and_changed_bytes_are_noted(tmp_path):
     source = write_images(tmp_path / "source", *(f"{name}.png" for name in "abcde"))
     for name, data in {"a.txt": b"", "a.caption": b"kohya", "b.txt": b" \n", "b.caption": b"", "c.txt": b"caf\xe9",

@@ -1,6 +1,7 @@
 """The comparison of a source with the listing of a version: by columns as row by row, whatever the pieces."""
 
 import csv
+import os
 import pickle
 import random
 import shutil
@@ -117,6 +118,36 @@ def _as_stored(diff: SourceDiff) -> pa.Table:
     for number, row in enumerate(rows):
         row |= {"sha256": f"{number:064x}", "shard": "000000", "row": number, "status": "success"}
     return pa.Table.from_pylist(rows, wide(LISTING_SCHEMA))
+
+
+@pytest.mark.parametrize("change", ["edit .txt", "edit .caption", "edit .json", "add .caption", "touch .png", ""])
+def test_changed_words_beside_an_image_are_changes(tmp_path: Path, change: str) -> None:
+    source, (action, _, suffix) = tmp_path / "source", change.partition(" ")
+    source.mkdir()
+    for name in ("a", "b"):
+        (source / f"{name}.png").write_bytes(b"image")
+        (source / f"{name}.txt").write_text("" if action == "add" or suffix == ".caption" else name)
+        if suffix == ".caption" and action == "edit":
+            (source / f"{name}.caption").write_text(name)
+        (source / f"{name}.json").write_text('{"year": 1907}')
+
+    def read_folder() -> SourceDiff:
+        folder = tmp_path / f"diff{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        return SourceDiff.read(ShardConfig(source=(str(source),)), Forgotten(), str(folder))
+
+    first = read_folder()
+    identity = first.source.identity()
+    if suffix == ".png":
+        os.utime(source / "a.png", (1, 1))
+    elif action:
+        (source / f"a{suffix}").write_text('{"year": 1908, "more": 1}' if suffix == ".json" else "other words")
+    second, before = read_folder(), _as_stored(first)
+    suspects = second.suspects(before)
+    assert suspects.tolist() == ([0] if suffix == ".png" else [])
+    diff = second.against(before, Hashes(suspects, before["sha256"].take(pa.array(suspects)).combine_chunks()))
+    assert diff.fresh_numbers().tolist() == ([] if suffix in {".png", ""} else [0])
+    assert (identity == second.source.identity()) == (action != "add")
 
 
 def test_rows_of_an_old_version_stay_though_their_urls_are_stored_otherwise(tmp_path: Path, monkeypatch) -> None:
