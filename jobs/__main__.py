@@ -1,6 +1,6 @@
 """Entry point of `rdm VERB ...` and `python -m jobs VERB ...`."""
 
-import gc
+import atexit
 import os
 import signal
 import sys
@@ -22,8 +22,8 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 from jobs.telemetry import interrupts  # noqa: E402
 
 
-def run_program() -> int:
-    """Run the command line of this process. Returns the exit code."""
+def run_program() -> None:
+    """Run the command line of this process, and end it with the exit code."""
     said = _NOTHING_DONE
     try:
         with interrupts.defer_interrupts():  # what is imported here takes a second
@@ -42,9 +42,24 @@ def run_program() -> int:
         code = _STOPPED
         sys.stderr.write(said)
     interrupts.ignore(code)  # the work is done, and the exit code says so
-    gc.freeze()  # Python would search all objects of torch and the like for cycles at its end, which takes a second
-    return code
+    _end_quickly(code)
+
+
+def _end_quickly(code: int) -> None:
+    """End the process without the teardown of Python, which looks at all objects of torch for a second.
+
+    It waits for the threads, and calls the functions of `atexit`, as the teardown does.
+    """
+    import threading  # not above, where Ctrl-C has no handler yet
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass  # the reader is gone, or the stream is closed
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_program())
+    run_program()

@@ -91,8 +91,8 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """The address of a server that speaks S3, also in AWS_ENDPOINT_URL, with keys in the environment."""
+def s3_process() -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    """The address and the process of a server that speaks S3."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -102,19 +102,25 @@ def s3_server() -> Iterator[str]:
     address = f"http://127.0.0.1:{port}"
     try:
         _until_it_answers(address, server)
-        with pytest.MonkeyPatch.context() as patch:
-            for name in [name for name in os.environ if name.startswith("AWS_")]:
-                patch.delenv(name)
-            patch.setenv("AWS_ENDPOINT_URL", address)
-            patch.setenv("AWS_ACCESS_KEY_ID", "AKIATESTING")
-            patch.setenv("AWS_SECRET_ACCESS_KEY", "not-to-be-seen")
-            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-            _forget()
-            yield address
-        _forget()
+        yield address, server
     finally:
         server.terminate()
         server.wait(10)
+
+
+@pytest.fixture(scope="session")
+def s3_server(s3_process: tuple[str, "subprocess.Popen[bytes]"]) -> Iterator[str]:
+    """The address of a server that speaks S3, also in AWS_ENDPOINT_URL, with keys in the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        patch.setenv("AWS_ENDPOINT_URL", s3_process[0])
+        patch.setenv("AWS_ACCESS_KEY_ID", "AKIATESTING")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "not-to-be-seen")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        _forget()
+        yield s3_process[0]
+    _forget()
 
 
 def _until_it_answers(address: str, server: subprocess.Popen) -> None:

@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import threading
 from pathlib import Path
 
 from jobs.cluster.config import ClusterConfig
@@ -30,22 +29,10 @@ def check_root(root: str) -> None:
             raise PermissionError(f"{folder} cannot be written by this user, and the root {root} lies there\n"
                                   f"hint: --root must name a folder that this user may write")
         return
-    failures: list[Exception] = []
-
-    def look() -> None:
-        try:
-            storage.check_store(root)
-        except Exception as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    thread.join(_STORE_ANSWER_S)
-    if failures:
-        raise failures[0]
-    if thread.is_alive():
-        _log.warning("the store of %s has not answered for %.0f s; requests are repeated for minutes",
-                     storage.redact_credentials(root), _STORE_ANSWER_S)
+    try:
+        storage.check_store(root, _STORE_ANSWER_S)
+    except storage.NoAnswer as error:
+        _log.warning("%s; requests are repeated for minutes", storage.redact_credentials(str(error).splitlines()[0]))
 
 
 def check_disk(root: str, needed_bytes: float) -> None:

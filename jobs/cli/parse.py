@@ -38,6 +38,10 @@ GROUPS = {"build": ("demo", "style", "recipes", "pipeline", "shard", "embed", "s
 _READ_A_ROOT = {"embed", "score", "index", "neighbors", "latents", "train", "evaluate", "export", "search", "sample",
                 "versions", "rollback", "repair", "gc", "verify", "report", "show", "rm"}
 """Verbs that need a root with a dataset or a run."""
+_LOOK = {*GROUPS["watch"], "search", "versions"}
+"""Verbs that only read, for a user who waits. The others repeat requests to a store for minutes."""
+STORE_ANSWER_S = 30.0
+"""Seconds within which a store must answer the first request of the verbs that only read."""
 _FOLDERS_OF_A_ROOT = {"datasets", "runs", "pictures", "published"}
 _OLD_FLAGS = {f"--{old}": f"--{new}" for old, new in (("rebuild", "overwrite"), ("no-rebuild", "no-overwrite"))}
 
@@ -72,9 +76,16 @@ def parse_command(arguments: Sequence[str], *, read_root: bool = False) -> tuple
 
 
 def check_root(verb: str, options: Any) -> None:
-    """ValueError if a local root is a file, or if a verb that reads one finds no root there."""
+    """ValueError if a local root is a file, or if a verb that reads one finds no root there.
+
+    NoAnswer if the verb only looks, and its store does not answer.
+    """
     root = options.common.root if hasattr(options, "common") else ""
-    if not root or not storage.is_local(root):
+    if not root:
+        return
+    if not storage.is_local(root):
+        if verb in _LOOK and not any(getattr(options, name, None) for name in ("watch", "serve")):
+            _check_answer(root)
         return
     folder = storage.local_path(root)
     if folder.exists() and not folder.is_dir():
@@ -86,6 +97,15 @@ def check_root(verb: str, options: Any) -> None:
         got = "no folder" if there is None else f"a folder with {', '.join(there[:3])}"
         raise ValueError(f"{root} is no root: expected a folder with datasets or runs, got "
                          f"{got}\nhint: --root FOLDER, the one that pipeline or shard wrote into")
+
+
+def _check_answer(root: str) -> None:
+    try:
+        storage.check_store(root, STORE_ANSWER_S)
+    except storage.NoAnswer:
+        raise
+    except OSError as error:  # the keys may allow to read objects, and not to list them
+        _log.debug("the store answers: %s", error)
 
 
 def flags_of(verb: str, words: Sequence[str]) -> Sequence[str]:

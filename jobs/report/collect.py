@@ -1,9 +1,13 @@
 """The datasets, runs and stages of a root. Each manifest is read once; a missing one is None."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
+from markupsafe import Markup
+
 from jobs.inspection import status
+from jobs.report.render import render
 from jobs.runs.run import Run
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, datasets
@@ -17,6 +21,8 @@ class RootContents:
 
     def __init__(self, address: str) -> None:
         self.address = storage.normalize(address)
+        self.unreadable: list[str] = []
+        """The parts of the report that could not be read, with the reasons."""
         self._manifests: dict[str, dict[str, Any] | None] = {}
         self.datasets = datasets(self.address)
         self.runs = [Run(self.address, name) for name in self._folders("runs")]
@@ -24,8 +30,8 @@ class RootContents:
         try:
             self.stages = status.read_status(self.address)
         except (ValueError, OSError, LookupError, TypeError) as error:
-            _log.warning("report: the states of the stages could not be read", exc_info=True)
-            self.stages, self.broken = [], str(error)
+            self.stages, self.broken = [], str(error)  # the table of stages reports it
+            _log.debug("report: the states of the stages could not be read", exc_info=True)
         self._states = {state["path"]: state for state in self.stages}
 
     def manifest(self, path: str) -> dict[str, Any] | None:
@@ -37,9 +43,8 @@ class RootContents:
             except FileNotFoundError:
                 self._manifests[path] = None
             except ValueError as error:
-                # The table of stages reports it, too.
-                _log.warning("report: %s", error)
                 self._manifests[path] = None
+                self._note(path, error)
         return self._manifests[path]
 
     def sealed(self, path: str) -> dict[str, Any]:
@@ -79,6 +84,21 @@ class RootContents:
         """Labels of the databases for which a dataset has a folder of neighbor lists, sealed or not."""
         return self._folders(dataset.path("neighbors"))
 
+    def try_part(self, name: str, make: Callable[..., Markup | None], *arguments: Any) -> Markup | None:
+        """The result of `make`, or a line with the reason if it fails: one damaged part must not cost the others."""
+        try:
+            return make(*arguments)
+        except Exception as error:
+            return render("unreadable.html", name=name, reason=self._note(name, error))
+
+    def _note(self, name: str, error: Exception) -> str:
+        """Note that a part could not be read. Returns the reason."""
+        reason = _reason(error)
+        self.unreadable.append(f"{name}: {reason}")
+        _log.warning("report: %s could not be read: %s", name, reason)
+        _log.debug("report: %s could not be read", name, exc_info=True)
+        return reason
+
     def changed_inputs(self, path: str) -> list[str]:
         """The inputs of a sealed stage that were rebuilt since."""
         state = self._states.get(path, {})
@@ -86,3 +106,12 @@ class RootContents:
 
     def _folders(self, path: str) -> list[str]:
         return storage.list_folders(storage.join(self.address, path))
+
+
+def _reason(error: Exception) -> str:
+    """Why a part could not be read, without the name of an exception where possible."""
+    if isinstance(error, ValueError | OSError) and str(error):
+        return str(error).partition("\nhint:")[0]
+    if isinstance(error, KeyError):
+        return f"one of its files has no value named {error.args[0]!r}"
+    return f"one of its files is not in the expected form ({type(error).__name__}: {error})"

@@ -6,7 +6,6 @@ The only file that imports Jinja.
 import base64
 import functools
 import io
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ _THUMBNAIL_HEIGHT = 96
 _THUMBNAIL_SHAPES = (0.5, 2.0)
 """The least and the greatest width of a thumbnail over its height. A longer image is cropped at both ends."""
 _FOLDER = Path(__file__).parent
-_log = logging.getLogger(__name__)
 
 
 def render(template: str, **values: Any) -> Markup:
@@ -39,26 +37,6 @@ def render_page(**values: Any) -> bytes:
     page = render("page.html", style=Markup((_FOLDER / "report.css").read_text()), **values)
     # Here and not in the templates, so that no value is left out. The page itself has none of these characters.
     return storage.escape_controls(page, "\n\t\r").encode()
-
-
-def try_part(name: str, make: Callable[..., Markup | None], *arguments: Any) -> Markup | None:
-    """The result of `make`, or a line with the reason if it fails: one damaged part must not cost the other parts."""
-    try:
-        return make(*arguments)
-    except Exception as error:
-        reason = _reason(error)
-        _log.warning("report: %s could not be read: %s", name, reason)
-        _log.debug("report: %s could not be read", name, exc_info=True)
-        return render("unreadable.html", name=name, reason=reason)
-
-
-def _reason(error: Exception) -> str:
-    """Why a part could not be read, without the name of an exception where possible."""
-    if isinstance(error, ValueError | OSError) and str(error):
-        return str(error).partition("\nhint:")[0]
-    if isinstance(error, KeyError):
-        return f"one of its files has no value named {error.args[0]!r}"
-    return f"one of its files is not in the expected form ({type(error).__name__}: {error})"
 
 
 def web_url(value: Any) -> str | None:

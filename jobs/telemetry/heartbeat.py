@@ -6,6 +6,7 @@ line is removed before a command or a library writes to stdout or stderr. Elsewh
 
 import contextlib
 import logging
+import os
 import shutil
 import sys
 import threading
@@ -49,8 +50,10 @@ class _Watched:
 
 def start(verb: str, is_live: Callable[[], bool]) -> None:
     """Watch this process from now on. `is_live`: whether a line of stderr can be rewritten."""
+    global _last
     sys.stdout, sys.stderr = _Watched(sys.stdout), _Watched(sys.stderr)
-    _remove_line()
+    # torchrun has been silent while it started this process.
+    _last = 0.0 if "RANK" in os.environ else time.monotonic()
     _doing.append((verb, time.monotonic()))
     threading.Thread(target=_watch, args=(is_live,), name="heartbeat", daemon=True).start()
 

@@ -15,7 +15,14 @@ from pipeline.storage.addresses import (
 from pipeline.storage.cache import cache_folder, fetch, fetch_and_open, local_copy
 from pipeline.storage.conditional import can_swap, create_bytes, put_checked, swap_bytes
 from pipeline.storage.credentials import redact_credentials, redact_known_credentials, redact_url
-from pipeline.storage.errors import DamagedFile, StorageError, denial_message, disk_full_message, refuse_special_file
+from pipeline.storage.errors import (
+    DamagedFile,
+    NoAnswer,
+    StorageError,
+    denial_message,
+    disk_full_message,
+    refuse_special_file,
+)
 from pipeline.storage.file_names import file_below, is_file_name, is_path_below, is_whole_address, manifest_file_url
 from pipeline.storage.files import (
     check_store,
@@ -61,6 +68,7 @@ __all__ = [
     "Holder",
     "Lease",
     "LeaseConflict",
+    "NoAnswer",
     "StorageError",
     "cache_folder",
     "can_swap",

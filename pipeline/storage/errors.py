@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,19 @@ _DENIED = {errno.EACCES, errno.EPERM}
 _ODD = {errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENXIO}
 """Errors of a disk where something else stands in the place of a file or folder."""
 FILE, FOLDER = "a file", "a folder"
+_CLIENTS = {"botocore", "aiobotocore", "aiohttp", "s3fs"}
+_UNREACHABLE = {"EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError",
+                "gaierror", "ClientConnectorError", "ClientConnectorDNSError", "ConnectionRefusedError"}
+_NO_KEYS = {"NoCredentialsError", "PartialCredentialsError"}
+_QUERY = re.compile(r"\?[^\s\"]*=[^\s\"]*")  # of the URL of a request; it may have a signature
 
 
 class StorageError(OSError):
     """The store did not answer, or answered with something other than success or absence."""
+
+
+class NoAnswer(StorageError):
+    """The store could not be reached, or did not answer in time. Whether an object exists is not known."""
 
 
 class DamagedFile(ValueError):
@@ -55,22 +65,30 @@ def storage_errors(url: str, doing: str) -> Iterator[None]:
     """Turn a client library's own exceptions into one sentence; a disk's OSErrors pass as they are."""
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise StorageError(error.errno, os.strerror(error.errno), url) from error
-        if error.errno in _ODD:
-            _explain_odd(url)
-        if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") == "NoSuchBucket":
-            raise StorageError(f"cannot {doing} {url}: there is no such bucket\n"
-                               f"hint: make it, or see whether it is spelled right") from error
-        if type(error) is not OSError or (error.errno is not None and is_local(url)):
-            raise
-        raise StorageError(f"cannot {doing} {url}: {error.strerror or error}{_network_hint(error)}") from error
     except Exception as error:
-        # botocore and aiohttp derive from Exception; anything else here is a fault of ours.
-        if type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp", "s3fs"}:
-            raise StorageError(f"cannot {doing} {url}: {error}{_network_hint(error)}") from error
-        raise
+        # botocore and aiohttp derive some errors from OSError and others from Exception.
+        of_client = type(error).__module__.split(".")[0] in _CLIENTS
+        if not of_client:
+            if not isinstance(error, OSError):
+                raise
+            if error.errno in _FULL:
+                raise StorageError(error.errno, os.strerror(error.errno), url) from error
+            if error.errno in _ODD:
+                _explain_odd(url)
+            if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") == "NoSuchBucket":
+                raise StorageError(f"cannot {doing} {url}: there is no such bucket\n"
+                                   f"hint: make it, or see whether it is spelled right") from error
+            if type(error) is not OSError or (error.errno is not None and is_local(url)):
+                raise
+        text = _QUERY.sub("", str(getattr(error, "strerror", None) or error))
+        kinds = {type(cause).__name__ for cause in _causes(error)}
+        if kinds & _UNREACHABLE:
+            raise NoAnswer(f"cannot {doing} {url}: {text}\nhint: the store does not answer: is the network up, and is "
+                           f"AWS_ENDPOINT_URL right? Whether the object exists is not known") from error
+        if kinds & _NO_KEYS:
+            raise StorageError(f"cannot {doing} {url}: {text}\nhint: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a "
+                               f"profile of ~/.aws with AWS_PROFILE") from error
+        raise StorageError(f"cannot {doing} {url}: {text}") from error
 
 
 def _explain_odd(url: str) -> None:
@@ -79,18 +97,10 @@ def _explain_odd(url: str) -> None:
         refuse_special_file(url)
 
 
-def _network_hint(error: BaseException | None) -> str:
-    """The hint for an object store that does not answer, or does not know the user. Empty for other errors."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
-        kind = type(error).__name__
-        if kind in {"NoCredentialsError", "PartialCredentialsError"}:
-            return "\nhint: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile of ~/.aws with AWS_PROFILE"
-        if kind in {"EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError", "gaierror",
-                    "ClientConnectorError", "ClientConnectorDNSError", "ConnectionRefusedError"}:
-            return ("\nhint: the store does not answer: is the network up, and is AWS_ENDPOINT_URL right? Whether the "
-                    "object exists is not known")
+        yield error
         error = error.__cause__ or error.__context__
-    return ""
 
 
 def find_kind(path: Path) -> str:

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import fsspec
+import fsspec.exceptions
 
 from pipeline.storage.addresses import ATTEMPTS, S3_SCHEMES, is_local, local_path
 from pipeline.storage.errors import (
     FILE,
     DamagedFile,
+    NoAnswer,
     find_kind,
     refuse_special_file,
     refuse_special_folder,
@@ -85,14 +87,21 @@ def _object_exists(url: str) -> bool:
             return False
 
 
-def check_store(url: str) -> None:
-    """StorageError or OSError unless the S3 store of `url` lists it to these credentials. One request."""
+def check_store(url: str, seconds: float | None = None) -> None:
+    """StorageError or OSError unless the S3 store of `url` lists it to these credentials. One request.
+
+    NoAnswer after so many seconds without an answer; None: after all retries, which take minutes.
+    """
     fs, path = open_url(url)
     if url.split("://", 1)[0] not in S3_SCHEMES:
         return
     bucket, _, prefix = path.partition("/")
     with storage_errors(url, "list"):
-        fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        try:
+            fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1, timeout=seconds)
+        except fsspec.exceptions.FSTimeoutError as error:
+            raise NoAnswer(f"cannot list {url}: no answer within {seconds:g} s\nhint: python -m jobs doctor; "
+                           f"AWS_ENDPOINT_URL names the store") from error
 
 
 def size(url: str) -> int:

@@ -14,9 +14,10 @@ _ROOT = Path(__file__).parents[2]
 CURES = tomllib.loads((Path(__file__).parent / "cures.toml").read_text())
 _LEDGER = {"BadImage", "NotFetched", "Retryable", "Refused", "NeedsIsolation"}
 """Errors of one sample. Their texts are reasons: docs/reference/ledger.md explains them."""
-_DATA = {"DamagedFile", "StageFailed", "StorageError", "OSError", "MemoryError", "DeviceUnavailable", "RuntimeError",
-         "OutOfDeviceMemory", "Drifted", "UnreadableIndex", "NpmUnavailable", "FloatingPointError", "GatesFailed",
-         "PermissionError", "FileExistsError", "DamagedPointer", "LeaseConflict"}
+_DATA = {"DamagedFile", "StageFailed", "StorageError", "NoAnswer", "OSError", "MemoryError", "DeviceUnavailable",
+         "RuntimeError", "OutOfDeviceMemory", "Drifted", "UnreadableIndex", "NpmUnavailable",
+         "FloatingPointError", "GatesFailed", "PermissionError", "FileExistsError", "DamagedPointer",
+         "LeaseConflict"}
 """Errors that end a command with exit code 1; the others end it with 2."""
 _NO_NAMES = {"join", "map", "str", "repr", "sorted", "len", "set", "int", "if", "else", "or", "for", "in", "self",
              "config", "f", "r", "sum", "type", "keys", "splitlines", "strip"}

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from jobs.report import report
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.embeddings.embed import Embed
@@ -117,7 +118,8 @@ def test_failures_are_at_the_top(root: Path, tmp_path: Path) -> None:
     (folder / "failures").mkdir(exist_ok=True)
     (folder / "failures/000000.json").write_text(json.dumps({"id": "000000", "error": "x" * 500, "traceback": ""}))
     (tmp_path / "datasets/shapes/v1/neighbors/shapes/manifest.json").write_text("{")
-    report.write_report(str(tmp_path), str(tmp_path / "report.html"))
+    with pytest.raises(storage.DamagedFile, match="is written, but 1 part of it could not be read"):
+        report.write_report(str(tmp_path), str(tmp_path / "report.html"))
     script = f"""({{...{WIDTHS}, top: document.querySelector(".failures").getBoundingClientRect().top,
                   text: document.querySelector(".failures").innerText}})"""
     measured = evaluate(tmp_path / "report.html", tmp_path / "profile", script, width=390)

@@ -14,16 +14,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jobs.cli.main import main
 from jobs.report import report, tables
 from jobs.report.collect import RootContents
 from jobs.report.images import spread_rows
-from jobs.report.render import Album, render, try_part
+from jobs.report.render import Album, render
 from jobs.runs.run import Run
 from jobs.sampling.config import SampleConfig
 from jobs.sampling.sample_stage import Sampling
 from jobs.training.train_stage import Job, Training
 from jobs.training.worker import train_in_processes
 from model import recipes
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.embeddings.embed import Embed
@@ -181,7 +183,8 @@ def test_a_root_with_only_shards_has_a_report(tmp_path: Path, drawn_pictures: Pa
     assert re.findall("<h2>(.*)</h2>", (tmp_path / "report.html").read_text()) == ["Datasets", "Stages"]
 
 
-def test_a_damaged_part_does_not_remove_the_others(root: Path, tmp_path: Path, page: str):
+def test_a_damaged_part_does_not_remove_the_others(root: Path, tmp_path: Path, page: str,
+                                                   capsys: pytest.CaptureFixture[str]):
     for name in ("datasets", "runs"):
         shutil.copytree(root / name, tmp_path / name)
     next((tmp_path / "datasets/train/v1/shards").glob("*.tar")).write_bytes(b"cut")
@@ -189,7 +192,11 @@ def test_a_damaged_part_does_not_remove_the_others(root: Path, tmp_path: Path, p
     next((tmp_path / "runs/first/samples").glob("*/samples.json")).unlink()
     with open(tmp_path / "runs/first/metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
-    text = Document(report_page(tmp_path)).text
+    assert main(["report", "--root", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert re.search(r"^error: \S+report.html is written, but 5 parts of it could not be read: The best images: .+\n"
+                     r"hint: python -m jobs verify --root \S+$", said, re.MULTILINE), said
+    text = Document((tmp_path / "report.html").read_text()).text
     assert "could not be read" in text
     assert "loss at the end" in text or "The training loss over the steps" in text
     assert "36 of 36 images" in text  # the contact sheet of the other dataset
@@ -199,11 +206,11 @@ def test_a_damaged_part_does_not_remove_the_others(root: Path, tmp_path: Path, p
     (KeyError("held_out"), "The part could not be read: one of its files has no value named &#39;held_out&#39;"),
     (TypeError("'int' object is not iterable"), "one of its files is not in the expected form (TypeError: "),
     (ValueError("shards is not sealed\nhint: shard"), "The part could not be read: shards is not sealed</p>")])
-def test_a_failed_part_has_its_reason_as_text(error: Exception, reason: str):
+def test_a_failed_part_has_its_reason_as_text(error: Exception, reason: str, tmp_path: Path):
     def make() -> None:
         raise error
 
-    assert reason in str(try_part("The part", make))
+    assert reason in str(RootContents(str(tmp_path)).try_part("The part", make))
 
 
 def test_unfinished_and_failed_stages_are_named(root: Path, tmp_path: Path):
@@ -273,7 +280,9 @@ def test_indices_with_a_search_parameter_show_their_tuning(tmp_path: Path):
     assert len(curve) > 1
     for step in curve:
         assert f"{step['parameter']}: {step['image']['10']:.3f} in " in document.text
-    page = report_page(tmp_path)
+    with pytest.raises(storage.DamagedFile, match="2 parts of it could not be read"):  # these datasets have no images
+        report_page(tmp_path)
+    page = (tmp_path / "report.html").read_text()
     assert "The share that a larger search effort finds" in page and page.count('<figure class="tuning">') == 1
 
 
