@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,17 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.indices.searcher import Searcher
 from pipeline.stages import records
-from tests.laws.golden import old_published, old_root, old_run
-
-ARCHIVE = Path(__file__).parent / "golden/old_root.tar.gz"
-PUBLISHED = Path(__file__).parent / "golden/old_published.tar.gz"
-RUN = Path(__file__).parent / "golden/old_run.tar.xz"
+from tests.laws.golden import archives, old_published, old_root, old_run
+from tests.pipeline.synthetic import files_below
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path / "root"
+    return archives.unpack(archives.ROOT, tmp_path)
 
 
 def run(root: Path, *words: str) -> int:
     return main([*words, "--root", str(root), "--local"])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def manifest(root: Path, place: str) -> dict[str, Any]:
@@ -43,14 +33,14 @@ def manifest(root: Path, place: str) -> dict[str, Any]:
 
 
 def test_sealed_folders_stay_as_they_are(root: Path, tmp_path: Path) -> None:
-    before = contents(root)
+    before = files_below(root)
     assert main(["verify", "--root", str(root)]) == main(["status", "--root", str(root)]) == 0
     old_root.draw(tmp_path / "art", range(24))
     assert run(root, "shard", "art", "--source", str(tmp_path / "art"), "--samples-per-shard", "8",
                *old_root.SHARDS) == 0
     assert run(root, "embed", "art", "--captions") == run(root, "index", "art", "--key", "IVF4,SQ8") == 0
     assert run(root, "neighbors", "art", "--k", "3") == 0
-    assert contents(root) == before
+    assert files_below(root) == before
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
@@ -58,34 +48,34 @@ def test_a_root_of_a_later_format_is_refused_and_stays_as_it_is(root: Path, caps
                                                                 name: str) -> None:
     path = root / "datasets/art/v1/embeddings" / name
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
-    before = contents(root)
+    before = files_below(root)
     verb = "index" if name == "manifest.json" else "embed"  # a reader, and the stage itself
     assert run(root, verb, "art", *(["--captions"] if verb == "embed" else ["--key", "IVF4,SQ8"])) == 2
     assert (f"{name} has format 3, and this version reads formats up to 2\n"
             "hint: install the version that wrote it, or a later one") in capsys.readouterr().err
-    assert contents(root) == before
+    assert files_below(root) == before
 
 
 def test_stored_sizes_keep_their_bytes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The stored settings say 4G and 512M, which the program that wrote them took for powers of 1024."""
     section = manifest(root, "art/v1/index")["section"]
     assert (section["max_memory"], section["part_memory"]) == ("4G", "512M")
-    before = contents(root)
+    before = files_below(root)
     assert run(root, "index", "art", "--key", "IVF4,SQ8", "--max-memory", "4Gi", "--part-memory", "512Mi") == 0
     capsys.readouterr()
     assert run(root, "index", "art", "--key", "IVF4,SQ8", "--max-memory", "4G") == 2
     said = capsys.readouterr().err
     assert 'section.max_memory: there "4G", now "4000000000"' in said
     assert "write a size that is stored as 4G as 4Gi" in said
-    assert contents(root) == before
+    assert files_below(root) == before
 
 
 def test_an_unfinished_stage_is_continued(root: Path) -> None:
     folder = root / "datasets/half/v1/embeddings"
-    before, planned = contents(folder), json.loads((folder / "plan.json").read_text())
+    before, planned = files_below(folder), json.loads((folder / "plan.json").read_text())
     assert 0 < len(list((folder / "records").iterdir())) < 4
     assert run(root, "embed", "half") == 0
-    after, sealed = contents(folder), manifest(root, "half/v1/embeddings")
+    after, sealed = files_below(folder), manifest(root, "half/v1/embeddings")
     assert before.items() <= after.items() and sealed["fingerprint"] == planned["fingerprint"]
     old = Embeddings(Dataset.parse(str(root), "half")).all().astype(np.float32)
     assert run(root, "embed", "half", "--overwrite") == 0
@@ -150,9 +140,7 @@ def test_an_index_that_this_faiss_cannot_read_is_named_with_a_way_out(root: Path
 
 @pytest.fixture
 def published_root(tmp_path: Path) -> Path:
-    with tarfile.open(PUBLISHED) as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path / "root"
+    return archives.unpack(archives.PUBLISHED, tmp_path)
 
 
 def rebuild(root: Path, source: Path, *words: str) -> int:
@@ -164,7 +152,7 @@ def test_an_old_published_database_is_rebuilt(published_root: Path, tmp_path: Pa
     root, source = published_root, tmp_path / "source"
     old_published.draw_first(source)
     old_published.change(source)
-    before = contents(root / "datasets")
+    before = files_below(root / "datasets")
     assert rebuild(root, source) == 0  # the source is what it was
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["unchanged"]
     (source / "005.png").unlink()
@@ -176,7 +164,7 @@ def test_an_old_published_database_is_rebuilt(published_root: Path, tmp_path: Pa
     done = json.loads(capsys.readouterr().out.splitlines()[-1])
     counts = {name: done[name] for name in ("published", "kept", "added", "changed", "removed", "embedded")}
     assert counts == {"published": "v3", "kept": 22, "added": 2, "changed": 1, "removed": 1, "embedded": 3}
-    after = contents(root / "datasets")
+    after = files_below(root / "datasets")
     assert {name for name in before if after[name] != before[name]} == {"styles/current.json"}
     assert main(["verify", "--root", str(root), "--only", "datasets/styles"]) == 0
     assert main(["verify", "--against", "current", "--root", str(root)]) == 0
@@ -198,9 +186,7 @@ def test_old_samples_have_their_credits(published_root: Path, capsys: pytest.Cap
 @pytest.fixture
 def run_root(published_root: Path) -> Path:
     """A root with a finished run of one step. Beside it is `continued`: what the old program made of it in 4 steps."""
-    with tarfile.open(RUN) as archive:
-        archive.extractall(published_root.parent, filter="data")
-    return published_root
+    return archives.unpack(archives.RUN, published_root.parent)
 
 
 def pixels(samples: Path) -> dict[str, np.ndarray]:
@@ -218,20 +204,20 @@ def assert_same_images(samples: Path, old: Path) -> None:
 def test_an_old_run_is_sampled(run_root: Path, tmp_path: Path) -> None:
     sample = ("sample", "tiny", *old_run.SAMPLE, "--name", "first")
     folder, place = run_root / "runs/tiny/samples/first", "../runs/tiny/samples/first"
-    before, sealed = contents(folder), manifest(run_root, place)
+    before, sealed = files_below(folder), manifest(run_root, place)
     folder.rename(tmp_path / "old")
     assert run(run_root, *sample) == 0
     assert_same_images(folder, tmp_path / "old")
     assert manifest(run_root, place)["fingerprint"] == sealed["fingerprint"]
     assert main(["verify", "--root", str(run_root), "--only", "runs/tiny"]) == 0
-    images = {name: data for name, data in contents(folder).items() if name.endswith(".png")}
+    images = {name: data for name, data in files_below(folder).items() if name.endswith(".png")}
     assert run(run_root, *sample, "--overwrite") == 0
-    assert {name: data for name, data in contents(folder).items() if name.endswith(".png")} == images
+    assert {name: data for name, data in files_below(folder).items() if name.endswith(".png")} == images
     assert main(["verify", "--root", str(run_root), "--only", "runs/tiny"]) == 0
     shutil.rmtree(folder)
     (tmp_path / "old").rename(folder)
     assert run(run_root, *sample) == 0
-    assert contents(folder) == before  # what the old program sealed stays as it is
+    assert files_below(folder) == before  # what the old program sealed stays as it is
 
 
 def test_an_old_run_is_continued_and_sampled(run_root: Path, tmp_path: Path,
@@ -239,10 +225,10 @@ def test_an_old_run_is_continued_and_sampled(run_root: Path, tmp_path: Path,
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the old program ran: sums depend on the number of threads
     folder, continued = run_root / "runs/tiny", tmp_path / "continued"
     plan, before = (folder / "plan.json").read_bytes(), (folder / "metrics.jsonl").read_bytes()
-    checkpoint = contents(folder / "checkpoints/0000001")
+    checkpoint = files_below(folder / "checkpoints/0000001")
     assert run(run_root, "train", "tiny", *old_run.TRAIN, "--steps", "4") == 0
     assert (folder / "plan.json").read_bytes() == plan
-    assert contents(folder / "checkpoints/0000001") == checkpoint
+    assert files_below(folder / "checkpoints/0000001") == checkpoint
     assert (folder / "metrics.jsonl").read_bytes().startswith(before)  # it did not start again
     ours, theirs = ([json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
                     for place in (folder, continued))

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from jobs.cluster.config import ClusterConfig
 from jobs.telemetry import logs
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
@@ -28,20 +26,6 @@ from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output, StageFailed
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture
-def start_pool(cluster: Any) -> Iterator[Any]:
-    from jobs.cluster.actor_pool import Pool
-    pools: list[Pool] = []
-
-    def start(workers: int) -> Pool:
-        pools.append(Pool(ClusterConfig(workers=workers)))
-        return pools[-1]
-
-    yield start
-    for pool in pools:
-        pool.close()
 
 
 def _stages(root: str, pictures: Path) -> list[Stage]:
@@ -105,12 +89,6 @@ class Slow(Stage):
         path = scratch / "out.txt"
         path.write_text(f"{item.id}\n" * 1000)
         return Output(samples=1, files={f"{item.id}.txt": path})
-
-
-@pytest.fixture(autouse=True)
-def _by_value() -> None:
-    from ray import cloudpickle
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def _undisturbed_result(tmp_path: Path, config: SlowConfig) -> dict[str, Any]:

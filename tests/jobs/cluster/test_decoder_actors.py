@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,13 +30,7 @@ from pipeline.stages.types import Item, Output
 from tests.pipeline import synthetic
 from tests.pipeline.media.sample_images import photo
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(autouse=True)
-def _by_value() -> None:
-    from ray import cloudpickle
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("pickle_by_value")]
 
 
 @pytest.fixture

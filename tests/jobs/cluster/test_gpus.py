@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -262,15 +261,8 @@ class _Look(Stage):
                                        "visible": os.environ.get("CUDA_VISIBLE_DEVICES")})
 
 
-@pytest.fixture
-def _by_value() -> None:
-    """Workers cannot import a test."""
-    from ray import cloudpickle
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-
-
 @pytest.mark.ray
-def test_a_worker_without_a_gpu_sees_none(cluster: Any, _by_value: None, tmp_path: Path) -> None:
+def test_a_worker_without_a_gpu_sees_none(cluster: Any, pickle_by_value: None, tmp_path: Path) -> None:
     pool = Pool(ClusterConfig(workers=1))
     try:
         manifest = run_stage(_Look(str(tmp_path)), pool)

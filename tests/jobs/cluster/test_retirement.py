@@ -1,9 +1,8 @@
 """A worker that fails everything is retired. An item that fails everywhere fails and retires no worker."""
 
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 
 from jobs.cluster import actor_pool, connect
-from jobs.cluster.config import ClusterConfig
 from jobs.cluster.retirement import REFUTED, TRIES, Blame, Failed, Place, Task, WorkerState
 from jobs.inspection import status
 from pipeline import storage
@@ -228,26 +226,6 @@ def _raise(error: str) -> None:
     if error == "memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
     raise AssertionError(error)
-
-
-@pytest.fixture(autouse=True)
-def _by_value() -> None:
-    if "ray" in sys.modules:
-        from ray import cloudpickle
-        cloudpickle.register_pickle_by_value(sys.modules[__name__])
-
-
-@pytest.fixture
-def start_pool() -> Iterator[Callable[..., actor_pool.Pool]]:
-    pools: list[actor_pool.Pool] = []
-
-    def start(workers: int, gpus: float = 0.0) -> actor_pool.Pool:
-        pools.append(actor_pool.Pool(ClusterConfig(workers=workers, gpus=gpus)))
-        return pools[-1]
-
-    yield start
-    for pool in pools:
-        pool.close()
 
 
 @pytest.fixture

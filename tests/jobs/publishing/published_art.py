@@ -39,6 +39,11 @@ def published_dataset(root: Path | str) -> Dataset:
     return published.open_dataset(str(root), NAME)
 
 
+def pointer(place: Path) -> Path:
+    """The file that names the published version."""
+    return place / "root" / "datasets" / NAME / "current.json"
+
+
 def vectors_by_content(dataset: Dataset) -> dict[str, np.ndarray]:
     """The vectors of what can be found, by the name of the image and the hash of its bytes."""
     rows = [row for record in dataset.manifest("shards")["items"] for row in metadata(dataset, record)]

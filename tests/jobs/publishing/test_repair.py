@@ -17,11 +17,7 @@ from pipeline.datasets.pointer import DamagedPointer
 from pipeline.datasets.published import Published
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
-from tests.jobs.publishing.published_art import NAME, make_rebuild, paint, published_dataset, rebuild
-
-
-def _pointer(place: Path) -> Path:
-    return place / "root" / "datasets" / NAME / "current.json"
+from tests.jobs.publishing.published_art import NAME, make_rebuild, paint, pointer, published_dataset, rebuild
 
 
 def _keys(root: Path) -> list[str]:
@@ -32,19 +28,19 @@ def _keys(root: Path) -> list[str]:
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[1]", b"\xff\xfe"])
 def test_a_damaged_pointer_is_refused_and_repaired(second: Path, content: bytes) -> None:
     root = str(second / "root")
-    _pointer(second).write_bytes(content)
+    pointer(second).write_bytes(content)
     with pytest.raises(DamagedPointer, match=r"current\.json is damaged\nhint: python -m jobs repair drawn"):
         published_dataset(root)
     assert repair(root, NAME, dry_run=True) == {"dataset": NAME, "dry_run": True, "published": "v2",
                                                 "pointer": "restored"}
-    assert _pointer(second).read_bytes() == content
+    assert pointer(second).read_bytes() == content
     assert repair(root, NAME) == {"dataset": NAME, "published": "v2", "pointer": "restored"}
     assert published_dataset(root).version == "v2"
 
 
 def test_every_verb_refuses_a_missing_pointer(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = str(second / "root")
-    _pointer(second).unlink()
+    pointer(second).unlink()
     for verb in (["neighbors", NAME, "--local"], ["rollback", NAME], ["versions", NAME], ["gc", NAME],
                  ["rebuild", NAME, "--source", str(second / "source"), "--local"]):
         assert main([*verb, "--root", root]) == 1, verb
@@ -62,16 +58,16 @@ def test_every_verb_refuses_a_missing_pointer(second: Path, capsys: pytest.Captu
 
 
 def test_a_valid_pointer_stays(second: Path) -> None:
-    data = _pointer(second).read_bytes()
+    data = pointer(second).read_bytes()
     assert repair(str(second / "root"), NAME)["pointer"] == "in order"
-    assert _pointer(second).read_bytes() == data
+    assert pointer(second).read_bytes() == data
     with pytest.raises(ValueError, match="nothing of other is published"):
         repair(str(second / "root"), "other")
 
 
 def test_an_older_pointer_is_refused(second: Path) -> None:
     assert published_dataset(second / "root").version == "v2"
-    _pointer(second).write_bytes((second / "root" / "published" / NAME / "000001.json").read_bytes())
+    pointer(second).write_bytes((second / "root" / "published" / NAME / "000001.json").read_bytes())
     with pytest.raises(DamagedPointer, match="is an older one: it has number 1, and the history goes up to 2"):
         published_dataset(second / "root")
     shutil.copytree(second / "root", second / "copy")
@@ -83,8 +79,8 @@ def test_an_older_pointer_is_refused(second: Path) -> None:
 
 
 def test_a_pointer_with_another_release_than_the_history_is_refused(second: Path) -> None:
-    document = json.loads(_pointer(second).read_bytes())
-    _pointer(second).write_text(json.dumps(document | {"release": "0" * 64}))
+    document = json.loads(pointer(second).read_bytes())
+    pointer(second).write_text(json.dumps(document | {"release": "0" * 64}))
     with pytest.raises(DamagedPointer, match="is not publication 2 of the history"):
         published_dataset(second / "root")
 
@@ -94,20 +90,20 @@ def test_another_root_at_the_same_place_is_accepted(first: Path, second: Path) -
     (second / "root").rename(second / "old")
     shutil.copytree(first / "root", second / "root")
     history = second / "root" / "published" / NAME / "000001.json"
-    pointer = json.loads(_pointer(second).read_text()) | {"published": 1.0}
-    for path in (history, _pointer(second)):
-        path.write_bytes(storage.json_bytes(pointer))
+    document = json.loads(pointer(second).read_text()) | {"published": 1.0}
+    for path in (history, pointer(second)):
+        path.write_bytes(storage.json_bytes(document))
     assert published_dataset(second / "root").version == "v1"
 
 
 def test_repair_takes_the_newest_version_that_is_whole(second: Path) -> None:
-    _pointer(second).unlink()
+    pointer(second).unlink()
     tar = next((second / "root" / "datasets" / NAME / "v2" / "shards").glob("*.tar"))
     tar.write_bytes(tar.read_bytes()[:-512])
     assert repair(str(second / "root"), NAME)["published"] == "v1"
     assert published_dataset(second / "root").version == "v1"
     # A damaged publication in the history costs only itself.
-    _pointer(second).write_text("{}")
+    pointer(second).write_text("{}")
     (second / "root" / "published" / NAME / "000003.json").write_text("{")
     assert repair(str(second / "root"), NAME)["published"] == "v1"
 
@@ -116,9 +112,9 @@ def test_repair_takes_the_newest_version_that_is_whole(second: Path) -> None:
 def test_repair_uses_the_releases_if_the_history_is_missing(second: Path, damage: str) -> None:
     shutil.rmtree(second / "root" / "published")
     if damage == "cut":
-        _pointer(second).write_text("{")
+        pointer(second).write_text("{")
     else:
-        _pointer(second).unlink()
+        pointer(second).unlink()
     with pytest.raises(DamagedPointer):
         published_dataset(second / "root")
     assert repair(str(second / "root"), NAME)["published"] == "v2"
@@ -135,7 +131,7 @@ def test_a_rebuild_replaces_a_damaged_version(place: Path, lost: str, caplog: py
 
 
 def test_if_no_version_is_whole_the_newest_is_named_and_replaced(place: Path) -> None:
-    _pointer(place).unlink()
+    pointer(place).unlink()
     (place / "root" / "datasets" / NAME / "v1" / "index" / "manifest.json").unlink()
     with pytest.raises(StageFailed, match="no published version of drawn is whole; v1 is the newest: 1 files are"):
         repair(str(place / "root"), NAME)
@@ -299,7 +295,7 @@ def test_lost_entries_of_the_history_do_not_bring_an_older_version_back(second: 
     assert published_dataset(root).version == "v2"
     history = second / "root" / "published" / NAME
     (history / "000002.json").unlink()
-    _pointer(second).write_bytes((history / "000001.json").read_bytes())
+    pointer(second).write_bytes((history / "000001.json").read_bytes())
     assert repair(root, NAME)["published"] == "v2"
 
 

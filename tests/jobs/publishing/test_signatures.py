@@ -24,7 +24,7 @@ from pipeline.embeddings.embed import dataset_encoder
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
 from tests.jobs.publishing.key_files import openssl_key
-from tests.jobs.publishing.published_art import NAME, make_rebuild, paint, published_dataset, rebuild
+from tests.jobs.publishing.published_art import NAME, make_rebuild, paint, pointer, published_dataset, rebuild
 
 
 @pytest.fixture(scope="session")
@@ -64,10 +64,6 @@ def signed(signed_once: Path, keys: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv(RELEASE_KEY, str(keys / "publisher.pub.pem"))
     monkeypatch.setenv("RDM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "place"
-
-
-def pointer(place: Path) -> Path:
-    return place / "root" / "datasets" / NAME / "current.json"
 
 
 def history(place: Path, sequence: int) -> Path:

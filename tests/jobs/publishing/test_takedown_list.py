@@ -10,7 +10,7 @@ from jobs.cli.main import main
 from pipeline.datasets import hidden_rows, takedown_list
 from pipeline.datasets.metadata import metadata
 from pipeline.storage import DamagedFile
-from tests.jobs.publishing.published_art import NAME, paint, published_dataset, rebuild
+from tests.jobs.publishing.published_art import NAME, paint, pointer, published_dataset, rebuild
 
 
 @pytest.fixture
@@ -31,10 +31,6 @@ def _change(path: Path) -> bytes:
         request["sha256"] = ["0" * 64] * len(request["sha256"])
     path.write_text(json.dumps(document))
     return data
-
-
-def _pointer(place: Path) -> Path:
-    return place / "root/datasets" / NAME / "current.json"
 
 
 def test_a_list_of_equal_length_with_other_content_is_refused(forgotten: Path,
@@ -90,26 +86,26 @@ def test_the_history_counts_requests(forgotten: Path, capsys: pytest.CaptureFixt
     root = str(forgotten / "root")
     paint(forgotten / "source" / "added.png", 1)
     assert rebuild(root, forgotten / "source")["published"] == "v2"
-    assert json.loads(_pointer(forgotten).read_text())["takedown_list"]["requests"] == 2
+    assert json.loads(pointer(forgotten).read_text())["takedown_list"]["requests"] == 2
     for version in ("v1", "v2"):
         (forgotten / "root/datasets" / NAME / version / "forgotten.json").unlink(missing_ok=True)
     (forgotten / "root/forgotten.json").unlink()
     shutil.rmtree(forgotten / "root/takedowns")
-    document = json.loads(_pointer(forgotten).read_text())
+    document = json.loads(pointer(forgotten).read_text())
     del document["takedown_list"]
-    _pointer(forgotten).write_text(json.dumps(document | {"takedowns": 0}))
+    pointer(forgotten).write_text(json.dumps(document | {"takedowns": 0}))
     for verb in (["repair", NAME], ["forget", "--sha256", "1" * 64]):
         assert main([*verb, "--root", root]) == 1
         assert f"are lost: published/{NAME}/000002.json counts them" in capsys.readouterr().err
 
 
 def test_pointers_without_the_hash_are_read_and_get_one(forgotten: Path) -> None:
-    root, document = str(forgotten / "root"), json.loads(_pointer(forgotten).read_text())
+    root, document = str(forgotten / "root"), json.loads(pointer(forgotten).read_text())
     known = document.pop("takedown_list")
-    _pointer(forgotten).write_text(json.dumps(document))
+    pointer(forgotten).write_text(json.dumps(document))
     assert list(hidden_rows.read_hidden_rows(published_dataset(root))) == [4, 9]
     assert main(["verify", "--root", root]) == 0
     assert takedown_list.describe_list(root) == known
     assert main(["forget", "--sha256", "1" * 64, "--root", root]) == 0
-    listed = json.loads(_pointer(forgotten).read_text())["takedown_list"]
+    listed = json.loads(pointer(forgotten).read_text())["takedown_list"]
     assert listed == takedown_list.describe_list(root) and listed["requests"] == 3

@@ -6,7 +6,6 @@ import pty
 import re
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from jobs.cli.main import main
 from jobs.publishing import credits
 from jobs.publishing.garbage_collect import removed_table
 from jobs.telemetry import tables
-from tests.laws.test_old_root import ARCHIVE
+from tests.laws.golden import archives
 
 _ROWS = [["a", "1", "x" * 300], ["[bold]b[/] :smile:", "12345", ""], ["日本", "0", "last\x1b[31m\nline"]]
 
@@ -56,9 +55,7 @@ def test_a_table_without_rows_is_empty() -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path / "root"
+    return archives.unpack(archives.ROOT, tmp_path)
 
 
 def _on_terminal(words: list[str], columns: int, **environment: str) -> str:

@@ -28,13 +28,7 @@ from pipeline.stages.worker import process_and_commit
 from tests.pipeline import synthetic
 from tests.pipeline.media.sample_images import photo
 
-
-@pytest.fixture(autouse=True)
-def as_new_process():
-    """Models are read again, as by the next command."""
-    yield
-    clip.load_encoder_on.cache_clear()
-    describe_encoder.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_encoder")
 
 
 def write_model(path: Path, preprocessing: dict[str, Any] | None = None, **vision: Any) -> str:
