@@ -1,4 +1,4 @@
-"""The Python door gives what the verbs give."""
+"""The Python interface gives the results of the verbs."""
 
 import json
 import shutil

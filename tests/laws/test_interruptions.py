@@ -19,7 +19,7 @@ _COLOR = re.compile(r"\x1b\[[\d;]*(3[0-7]|38|9[0-7])[\d;]*m")
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of eight images and a file that is none."""
+    """A folder of eight images and a file that is no image."""
     folder = tmp_path_factory.mktemp("images")
     for number in range(8):
         (folder / f"{number}.png").write_bytes(PNG.getvalue())

@@ -153,12 +153,12 @@ def test_an_old_published_database_is_rebuilt(published_root: Path, tmp_path: Pa
     old_published.draw_first(source)
     old_published.change(source)
     before = files_below(root / "datasets")
-    assert rebuild(root, source) == 0  # the source is what it was
+    assert rebuild(root, source) == 0  # the source is unchanged
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["unchanged"]
     (source / "005.png").unlink()
     (source / "005.txt").unlink()
     (source / "006.png").write_bytes((source / "007.png").read_bytes())
-    (source / "008.png").touch()  # looks new, and is not
+    (source / "008.png").touch()  # only its time is new
     old_root.draw(source / "further", range(30, 32))
     assert rebuild(root, source) == 0
     done = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -217,7 +217,7 @@ def test_an_old_run_is_sampled(run_root: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder)
     (tmp_path / "old").rename(folder)
     assert run(run_root, *sample) == 0
-    assert files_below(folder) == before  # what the old program sealed stays as it is
+    assert files_below(folder) == before  # sealed files of the old program stay unchanged
 
 
 def test_an_old_run_is_continued_and_sampled(run_root: Path, tmp_path: Path,

@@ -95,7 +95,7 @@ class _LoggedConfig(NeighborsConfig):
 
 
 class _Logged(Neighbors):
-    """Neighbors whose workers write down which plans and manifests they open."""
+    """A neighbors stage whose workers log the plans and manifests that they open."""
 
     def section(self) -> dict[str, Any]:
         return {name: value for name, value in super().section().items() if name != "log"}
@@ -165,7 +165,7 @@ def test_an_input_that_changes_while_a_stage_runs_is_not_sealed(tmp_path: Path) 
 
 
 def test_a_removed_input_is_not_reported_as_changed(tmp_path: Path) -> None:
-    """As the checkpoints that a training removes while images are generated from one."""
+    """Training may remove a checkpoint while another command samples from it."""
     dataset = synthetic.vector_dataset(tmp_path, "x", np.split(synthetic.clustered(60, 16), 6))
     stage = synthetic.FixedStage(dataset, "text_embeddings", "embed", {"000000": (1, {"a": b"x"})})
     stage.inputs = lambda: {"shards": {  # type: ignore[method-assign]
@@ -190,7 +190,7 @@ def test_a_manifest_that_was_replaced_is_read_again(tmp_path: Path) -> None:
     _replace_embeddings(dataset, seed=4)
     second = dataset.manifest("embeddings")
     assert second["content"] != first["content"]
-    # The caller may change what it got.
+    # The caller may change the returned document.
     second["items"].clear()
     assert len(dataset.manifest("embeddings")["items"]) == 6
     path = Path(dataset.folder("embeddings"), "manifest.json")

@@ -1,4 +1,4 @@
-"""Names, captions and messages in files of others steer no terminal, and show in no other order than they have."""
+"""Names, captions and messages of others cannot control a terminal, and appear in their stored order."""
 
 import csv
 import io

@@ -79,7 +79,7 @@ def _commands(place: Path) -> list[list[str]]:
 
 
 def _refused(place: Path) -> list[list[str]]:
-    """Commands that repeat what they were given in an error."""
+    """Commands whose error repeats an argument."""
     return [["embed", HOSTILE], ["embed", "flat", "--adopt", HOSTILE], ["index", "flat", "--extend", HOSTILE],
             ["neighbors", "flat", "--database", HOSTILE], ["latents", "flat", "--first-stage", HOSTILE],
             ["train", HOSTILE, "--dataset", "flat"], ["train", "run2", "--dataset", HOSTILE],

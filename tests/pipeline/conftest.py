@@ -45,6 +45,6 @@ def built(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Dataset:
 
 @pytest.fixture
 def copied(tmp_path: Path, built: Dataset) -> Dataset:
-    """A copy of the built dataset that a test may spoil."""
+    """A copy of the built dataset that a test may change."""
     shutil.copytree(built.root, tmp_path / "root")
     return Dataset(str(tmp_path / "root"), built.name, built.version)

@@ -174,7 +174,7 @@ async def long(site: Site, request: Request) -> bool:
 
 
 async def type_lie(site: Site, request: Request) -> bool:
-    """/type-lie: says text/html whatever it is."""
+    """/type-lie: always says text/html."""
     request.writer.write(answer(site.body(request.option("file")), "Content-Type: text/html; charset=utf-8"))
     return True
 
@@ -219,13 +219,13 @@ async def busy(site: Site, request: Request) -> bool:
 
 
 async def loop(site: Site, request: Request) -> bool:
-    """/loop: leads to itself."""
+    """/loop: redirects to itself."""
     request.writer.write(answer(b"", "Location: /loop", status="302 Found"))
     return True
 
 
 async def redirect(site: Site, request: Request) -> bool:
-    """/redirect?status=302&to=URL: leads to whatever bytes the rest of the query escapes."""
+    """/redirect?status=302&to=URL: redirects to the bytes that the rest of the query escapes."""
     target = unquote_to_bytes(request.raw_query.partition("to=")[2]).decode("latin-1")
     request.writer.write(answer(b"", f"Location: {target}", status=f"{request.option('status', '302')} Elsewhere"))
     return True
@@ -305,7 +305,7 @@ async def status(site: Site, request: Request) -> bool:
 
 
 async def chunked(site: Site, request: Request) -> bool:
-    """/chunked: in chunks of 1000 bytes, as it should be; /chunked?cut: without the last one."""
+    """/chunked: in chunks of 1000 bytes; /chunked?cut: without the last one."""
     body = site.body(request.option("file"))
     request.writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
     for start in range(0, len(body), 1000):
@@ -324,7 +324,7 @@ async def until_closed(site: Site, request: Request) -> bool:
 
 
 async def private(site: Site, request: Request) -> bool:
-    """/private?user:password: for these only."""
+    """/private?user:password: 401 without these credentials."""
     wanted = base64.b64encode(unquote_to_bytes(request.raw_query))
     known = b"Authorization: Basic " + wanted + b"\r\n" in request.head
     request.writer.write(answer(BODY) if known else answer(b"", status="401 Unauthorized"))

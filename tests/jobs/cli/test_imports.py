@@ -1,4 +1,4 @@
-"""The command line imports heavy modules only when a verb needs them: all take seconds and half a gigabyte."""
+"""The command line imports heavy modules only for verbs that need them: they take seconds and half a gigabyte."""
 
 import subprocess
 import sys

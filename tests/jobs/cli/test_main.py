@@ -54,7 +54,7 @@ def test_every_flag_that_a_string_names_exists(capsys: pytest.CaptureFixture[str
 
 
 def test_shard_and_status_do_not_load_torch(tmp_path: Path) -> None:
-    """It takes half a gigabyte and seconds, in every worker of a stage and for every look at the status."""
+    """torch takes half a gigabyte and seconds, in every worker and for every call of `status`."""
     _pictures(tmp_path / "in")
     root = str(tmp_path / "root")
     code = ("import sys\nfrom jobs.cli.main import main\nassert main(sys.argv[1:]) == 0\n"

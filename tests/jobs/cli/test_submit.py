@@ -40,7 +40,7 @@ def test_a_held_signal_arrives_at_the_end_of_the_block() -> None:
 
 
 class Machine:
-    """A cluster of infra/one-machine.sh, and this environment as it says it should be."""
+    """A cluster of infra/one-machine.sh, with its variables in the environment."""
 
     def __init__(self, home: Path) -> None:
         ports = _free_ports()
@@ -76,7 +76,7 @@ class Machine:
 
 
 def _wait_for_end(process: "subprocess.Popen[str]") -> tuple[int, dict[str, Any], str]:
-    """Exit code, what stdout said, and the log."""
+    """The exit code, the JSON on stdout, and the log."""
     out, log = process.communicate(timeout=300)
     return process.returncode, json.loads(out) if out else {}, log
 
@@ -198,7 +198,7 @@ def test_a_lost_driver_or_cluster_is_retried(machine: Machine, work: list[str], 
 @pytest.mark.ray
 def test_a_suspended_job_resumes_on_a_new_cluster_with_equal_bytes(
         machine: Machine, work: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """As Kueue suspends a RayJob: the driver gets SIGTERM, the cluster goes, and a new one gets the same entrypoint."""
+    """Kueue suspends a RayJob so: the driver gets SIGTERM, the cluster ends, a new one gets the same entrypoint."""
     plain, root = tmp_path / "plain", tmp_path / "root"
     embed = ["embed", "some", "--workers", "1", "--batch-size", "1", "--root", str(root)]
     for words in (work, embed):
@@ -208,7 +208,7 @@ def test_a_suspended_job_resumes_on_a_new_cluster_with_equal_bytes(
         assert not (root / "datasets/some/v1" / folder / "manifest.json").exists()
         code, summary, log = machine.submit("--wait", *words)
         assert (code, summary["attempt"]) == (0, 1), log  # the new cluster does not know the job
-        assert before == {path: path.stat().st_mtime_ns for path in before}  # nothing recorded is done twice
+        assert before == {path: path.stat().st_mtime_ns for path in before}  # recorded work is not repeated
     assert _contents(root) == _contents(plain)
 
 

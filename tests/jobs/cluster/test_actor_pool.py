@@ -1,4 +1,4 @@
-"""The runner on Ray gives what the runner in process gives, whatever dies meanwhile."""
+"""The runner on Ray gives the results of the runner in one process, even if workers and nodes die."""
 
 import json
 import logging
@@ -63,7 +63,7 @@ class SlowConfig:
 
 
 class Slow(Stage):
-    """Items that take a while, and say who worked on them; some fail, some kill their worker, at first or always."""
+    """Slow items that log their worker. Some fail, and some kill their worker, once or always."""
 
     name = "slow"
 
@@ -176,7 +176,7 @@ def test_items_of_a_group_fail_and_are_retried_alone(
 
 
 class Talking(Stage):
-    """Items that say something while they are worked on."""
+    """Items that write to the log."""
 
     name = "talking"
 

@@ -1,4 +1,4 @@
-"""GPUs: reserved or not, usable or not, and what the command line says of it. All on a machine without a GPU."""
+"""GPUs: reserved or not, usable or not, and the messages about them. The tests need no GPU."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""`ls` shows what `status` knows, by dataset and run; `show` tells all of one row."""
+"""`ls` shows the states of `status` by dataset and run. `show` prints everything about one row."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""`status --watch` and `--serve`: from the files alone, until the reader has enough."""
+"""`status --watch` and `--serve` read only files, and end when the reader leaves."""
 
 import json
 import os

@@ -39,7 +39,7 @@ def make_place(first: Path, folder: Path) -> Path:
 
 
 def _edit(path: Path) -> None:
-    """Other content of the same length, in a place that counts."""
+    """Change a relevant part of the content and keep the length."""
     data = bytearray(path.read_bytes())
     if (place := data.find(b'"number": ')) >= 0:
         data[place + 10] ^= 1

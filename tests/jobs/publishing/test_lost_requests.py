@@ -1,4 +1,4 @@
-"""Takedown requests of which neither the list nor a copy is left, and versions whose pointer and history are lost."""
+"""Takedown requests without a list and a copy, and versions whose pointer and history are lost."""
 
 import json
 import shutil

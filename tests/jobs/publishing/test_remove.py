@@ -1,4 +1,4 @@
-"""`rm` removes what nothing needs, and nothing else."""
+"""`rm` removes only folders that no other folder needs."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Tables of the verbs: aligned and whole where no terminal is, and fitted to a terminal."""
+"""Tables of the verbs: aligned and complete in a pipe, and fitted to the width of a terminal."""
 
 import itertools
 import os

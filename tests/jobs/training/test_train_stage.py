@@ -1,4 +1,4 @@
-"""A run that was killed, moved or divided is the run that never was."""
+"""A run that was killed, moved or divided among processes gives the result of an undisturbed run."""
 
 import io
 import json
@@ -280,7 +280,7 @@ def test_a_run_keeps_its_id_and_its_lineage(root: Path, tmp_path: Path, monkeypa
 def test_training_continues_without_a_lost_node_and_takes_it_back(root: Path, cluster: Any,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
-    # A low rate, for the number of processes moves last bits, and many steps would make more of them.
+    # The rate is low: the number of processes changes last bits, and many steps would enlarge the difference.
     flags = ["--global-batch", "64", "--lr", "1e-4"]
     run = Run.parse(str(root), "elastic")
     node = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)

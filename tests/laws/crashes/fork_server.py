@@ -3,8 +3,8 @@
     python fork_server.py SOCKET [MODULE ...]
 
 The modules are imported too. A connection is one command. Requests and events are lines of JSON, see `commands.py`. The
-child is killed, or pauses, before the write of a given number. Writes are what changes the store: calls of the system
-on a file system (audit events), requests to S3. So a new stage or verb needs no hook.
+child is killed, or pauses, before the write of a given number. A write is a system call that changes a file (an audit
+event), or a request that changes S3. So a new stage or verb needs no hook.
 """
 
 import fcntl
@@ -82,7 +82,7 @@ class Writes:
         self.connection.receive()
 
     def _report_wait(self, arguments: tuple[Any, ...]) -> None:
-        """Say so if the lock is not free now. The call that follows waits for it, or finds that it has it."""
+        """Send an event if the lock is not free now. The next call waits for the lock, or already has it."""
         descriptor, operation = arguments
         if operation == fcntl.LOCK_EX:
             try:
@@ -199,7 +199,7 @@ def _run(arguments: list[str], root: str) -> int:
 
 
 def _search(root: str, name: str) -> int:
-    """Open what is published, search in it, and read every image."""
+    """Open the published version, search in it, and read every image."""
     import torch  # noqa: F401
 
     from pipeline.datasets import published

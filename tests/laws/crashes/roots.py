@@ -159,7 +159,7 @@ def sweep(check: Callable[[int], bool], *, stride: int = 1) -> None:
 
 
 def check_end(ended: Ended) -> None:
-    """A command that was not killed ends with a documented exit code, and says why if that is not 0."""
+    """A command that was not killed ends with a documented exit code, and with a message if that is not 0."""
     assert ended.code in _DOCUMENTED, ended
     assert "Traceback" not in ended.output, ended
     assert not ended.code or "error: " in ended.output, ended
@@ -177,7 +177,7 @@ def check_published(place: Place, *, unfinished: str = "") -> None:
 
 
 def settle(place: Place, *, stages: bool) -> None:
-    """The next rebuild works, gc works, and everything is whole then. No temporary file is left after an hour."""
+    """The next rebuild and gc work, and then no fault is found. No temporary file is left after an hour."""
     place.paint("settled.png", 9)
     rebuilt = place.run(place.arguments("rebuild"))
     assert '"published"' in rebuilt.output and '"superseded"' not in rebuilt.output, rebuilt
@@ -192,7 +192,7 @@ def settle(place: Place, *, stages: bool) -> None:
 
 
 def temporary_files(place: Place) -> Iterator[str]:
-    """Files that are no part of any result: unfinished ones and uploads, leases, and what lies in scratch."""
+    """Files that are no part of a result: unfinished files and uploads, leases, and scratch files."""
     file_system, path = fsspec.core.url_to_fs(place.root)
     file_system.invalidate_cache()
     for file in file_system.find(path):

@@ -1,4 +1,4 @@
-"""Two commands that change a root at the same time leave it in order, wherever one is paused for the other."""
+"""Two commands change a root at the same time, and one pauses before any write. The root has no fault afterwards."""
 
 import itertools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Making latents, training and sampling are killed and run again: the results are those of a run without a kill."""
+"""Making latents, training and sampling are killed and run again. The results equal those of an undisturbed run."""
 
 import json
 import tempfile

@@ -1,4 +1,4 @@
-"""The whole way, with the driver and the cluster killed between and during its steps, and on S3."""
+"""All stages of the demo, while the driver and the cluster are killed between and during stages, and on S3."""
 
 import os
 import signal
@@ -114,7 +114,7 @@ def test_the_driver_killed_again_and_again_gives_the_same_manifests(
         request.getfixturevalue("cluster")
     root = tmp_path / "root"
     command = [sys.executable, "-m", "jobs", *_arguments(root, settings_file, *way)]
-    # Killed when a stage is under way: after its plan, and after its first record.
+    # Killed during a stage: after its plan, and after its first record.
     moments = [("datasets/train/v1/embeddings", "records/000000.json")]
     if way:  # starting is cheap without Ray
         moments = [("pictures/drawn", "plan.json"), *moments, ("runs/demo", "checkpoints/0000004/manifest.json")]

@@ -44,7 +44,7 @@ class KilledAt:
 
 
 def killed_at_every_point(make, root) -> int:
-    """Run `make(folder)` again for every point it can be killed at, each time to its end; how many there were."""
+    """Kill `make(folder)` at every possible point and run it again to its end. The number of points."""
     run_stage(undisturbed := make(root / "undisturbed"))
     expected = lasting_files(undisturbed.folder)
     for point in itertools.count():
@@ -80,7 +80,7 @@ def test_sharding_killed_anywhere_and_run_again_is_the_same_folder(tmp_path):
 
 
 def test_killed_at_any_time_and_run_again_is_the_same_folder(tmp_path):
-    """Not between two steps but somewhere in the middle of one."""
+    """The kill comes in the middle of a step, not between two steps."""
     expected = lasting_files(stage_folder(Count(tmp_path / "undisturbed")))
     for number in range(12):
         stage = Count(tmp_path / f"{number}")
@@ -96,7 +96,7 @@ def test_killed_at_any_time_and_run_again_is_the_same_folder(tmp_path):
 
 
 def test_an_overwrite_killed_anywhere_leaves_nothing_of_the_old_folder(tmp_path, monkeypatch):
-    """The removal may be cut off after any file: what it left must not pass for a part of the new folder."""
+    """The removal may end after any file. Remaining files must not count as part of the new folder."""
     run_stage(Count(tmp_path / "alone", CountConfig(step=2)))
     expected = lasting_files(tmp_path / "alone" / "count")
     removals = 0

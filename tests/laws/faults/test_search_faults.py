@@ -33,7 +33,7 @@ SHARDS, PER_SHARD = 16, 18
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with a dataset of small shards, an image of which is spoiled."""
+    """A root with a dataset of small shards. One image is damaged."""
     folder = tmp_path_factory.mktemp("corpus")
     source = synthetic.drawings(folder / "pictures", subjects=SHARDS * PER_SHARD // 6)
     assert main(["shard", "x", "--source", str(source), "--root", str(folder / "root"), "--local", "--image-size", "32",
@@ -78,12 +78,12 @@ def _descendants(pid: int) -> Iterator[int]:
         yield from _descendants(child)
 
 
-# Workers that die.
+# Killed workers.
 
 
 @contextlib.contextmanager
 def kill_workers(seed: int) -> Iterator[list[int]]:
-    """Workers are killed at random, four of them at most: an item whose worker died five times is given up."""
+    """At most four workers are killed at random, because an item fails after five lost workers."""
     chance, killed, ended = random.Random(seed), [], threading.Event()
 
     def kill() -> None:
@@ -135,7 +135,7 @@ def content(dataset: Dataset, folder: str) -> dict[str, bytes]:
             for part in [manifest, *manifest["items"]] for entry in part["files"]}
 
 
-# Shards that are not what they were.
+# Changed shards.
 
 
 def test_overwritten_shards_make_embeddings_stale_for_index_and_neighbors(root: Path, tmp_path: Path,
@@ -151,7 +151,7 @@ def test_overwritten_shards_make_embeddings_stale_for_index_and_neighbors(root: 
             assert main([verb, "x", "--root", str(root), "--local", *more]) == 2
             text = capsys.readouterr().err
             assert "embeddings is stale: shards changed since\nhint: " in text and "embed x" in text
-    # Nothing was lost by trying.
+    # The failed command lost no file.
     assert dataset(root).is_sealed("index") and not dataset(root).is_sealed("neighbors/x")
     for verb in ("embed", "index"):
         assert main([verb, "x", "--root", str(root), "--local", "--overwrite"]) == 0
@@ -168,11 +168,11 @@ def test_a_tar_that_differs_from_its_manifest_is_not_embedded(root: Path, capsys
     assert "000005.tar: has " in capsys.readouterr().out
 
 
-# Vectors that are none.
+# Invalid vectors.
 
 
 def spoil_vectors(root: Path, change: Any) -> None:
-    """Change a file of vectors, and everything that tells what it was."""
+    """Change a file of vectors, and every record of its content."""
     folder = dataset(root).folder("embeddings")
     manifest = storage.read_json(storage.join(folder, "manifest.json"))
     record = manifest["items"][2]

@@ -75,7 +75,7 @@ def test_sigterm_stops_and_the_same_command_goes_on(tmp_path: Path, address: str
     source = write_slow_list(tmp_path / "list.parquet", address, 200, 0.05)
     process = start_command(*arguments(tmp_path / "root", source, address, "--local"))
     now = wait_until(lambda: _last_progress(tmp_path / "root"), process)
-    # From another terminal, while it is under way.
+    # From another terminal, while the stage runs.
     assert now["rows"] and now["of_rows"] == 200 and now["bytes"] and now["rows_per_s"] > 0
     assert now["skipped"].keys() == {"not_a_picture"}
     capsys.readouterr()

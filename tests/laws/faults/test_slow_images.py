@@ -1,4 +1,4 @@
-"""SIGTERM ends a command within ten seconds, whatever native code it is in."""
+"""SIGTERM ends a command within ten seconds, also during native code."""
 
 import contextlib
 import os

@@ -32,7 +32,7 @@ from tests.pipeline.synthetic import encoded, noise
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A folder on a disk of a size; called again it is made larger."""
+    """A folder on a small disk of the given size. A second call makes the disk larger."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -98,7 +98,7 @@ def test_a_full_scratch_is_named(small_disk: Any, tmp_path: Path, heavy: str, ca
 
 
 class Busy:
-    """A proxy before a store that answers every so-manieth request with 503 SlowDown; 0: none."""
+    """A proxy before a store that answers every n-th request with 503 SlowDown; 0: none."""
 
     BODY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 

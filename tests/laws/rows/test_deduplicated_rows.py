@@ -50,7 +50,7 @@ def blots(folder: Path) -> Path:
 
 
 def kept_positions(how: str) -> list[int]:
-    """Places of the images that stay, the broken one among them as none."""
+    """The positions of the images that stay; None for the broken one."""
     seen, kept = set(), []
     for position, (number, kind) in enumerate(KINDS):
         sign = number if how == "near" else (number, kind == "dark")
@@ -125,7 +125,7 @@ def test_deduplication_resumes_from_any_point(tmp_path):
         pass
 
     def seal_until(stages: int, items: int):
-        """Seals some stages, and of the next one works off some items."""
+        """Seal some stages, and process some items of the next one."""
         done = []
 
         def seal(stage):

@@ -1,4 +1,4 @@
-"""Rows that failed are tried again, in the same version and in the next, and are counted once."""
+"""Failed rows are retried, in the same version and in the next, and are counted once."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 def flaky_urls(image_site: str, name: str, count: int = 22) -> list[str]:
-    """Every third fails once, every seventh twice, one for good."""
+    """Every third row fails once, every seventh twice, and one always."""
     addresses = []
     for number in range(count):
         fails = 2 if number % 7 == 6 else 1 if number % 3 == 0 else 0
@@ -73,7 +73,7 @@ def test_failed_rows_are_retried_before_sealing(tmp_path, image_site, kind):
 
 
 def runner_killed_after(count: int):
-    """A runner whose process dies when so many items are done."""
+    """A runner whose process dies after the given number of items."""
     def runner(stage, items):
         for number, item in enumerate(items):
             if number == count:
@@ -93,7 +93,7 @@ def test_a_second_round_retries_failed_rows_and_may_be_interrupted(tmp_path, ima
         return run_stage(Shard(dataset, config(source, samples_per_shard=4)), **options)
     with pytest.raises(StageFailed, match=r"rows failed \(\d+%, allowed are 1%\)"):
         run(max_failed=0.01)
-    # Six shards are recorded; of the round's three one is worked off.
+    # Six shards are recorded, and one of the three shards of the round.
     assert synthetic.in_child(lambda: run(retry=True, runner=runner_killed_after(1), max_failed=0.01)) == signal.SIGKILL
     web_server.seen(image_site)
     with pytest.raises(StageFailed, match="rows failed"):
@@ -133,7 +133,7 @@ def test_another_version_reuses_the_shards_and_retries_the_rest(tmp_path, image_
     assert list(verify.find_faults(v2.root, v2.path("shards"))) == []
     schemas = {pq.read_schema(v2.fetch("shards", file_of(record, ".parquet"))) for record in second["items"]}
     assert len(schemas) == 1
-    # And so on: a third, and one from which nothing is left to try but what fails for good.
+    # A third version, and one in which only the row that always fails is left to retry.
     web_server.seen(image_site)
     v3 = v2.next_version()
     third = run_stage(Shard(v3, config(source, **options), base=v2))

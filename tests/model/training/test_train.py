@@ -1,4 +1,4 @@
-"""Laws of training: stopping, sharing and averaging change nothing they should not."""
+"""Laws of training: a stop or more processes do not change the result, and averages follow their formula."""
 
 import json
 import shutil
@@ -138,7 +138,7 @@ def test_averages_of_several_rates_are_kept_resumed_and_loaded(tmp_path):
     _run(config, tmp_path / "halves", resume=tmp_path / "halves" / "0000003")
     folder = tmp_path / "straight" / "0000006"
     output_weights = {rate: load_denoiser(folder, rate=rate)[0].out[2].weight for rate in (0.9, 0.1)}
-    # The one of rate 0 has no memory: these are the weights themselves.
+    # The average of rate 0 equals the weights.
     assert not torch.equal(output_weights[0.9], output_weights[0.1])
     for name in ("ema", "ema-0.1", "ema-0"):
         a, b = (load_file(tmp_path / part / "0000006" / f"{name}.safetensors") for part in ("straight", "halves"))

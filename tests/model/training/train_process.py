@@ -21,7 +21,7 @@ def main(rank: int, world: int, port: int, folder: Path, fsdp: bool) -> None:
     """Train the toy run as this rank and leave checkpoint and log in the folder."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    # In parts, too: how a share is worked on changes nothing either.
+    # Accumulation is on, because it must not change the result either.
     config, records = toy_run.config(steps=5, accumulate=world, fsdp=fsdp), []
     started = folder / "0000002"
     train(

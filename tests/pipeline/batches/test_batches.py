@@ -76,7 +76,7 @@ def test_prefetch_opens_the_shards_of_the_next_window():
 def test_ranks_share_the_same_global_batch(built, world):
     all_ranks = batches(built)
     ranks = [batches(built, rank=rank, world=world) for rank in range(world)]
-    for step in (0, 8, 20):  # the ninth batch goes over the end of an epoch
+    for step in (0, 8, 20):  # the ninth batch spans two epochs
         whole, parts = all_ranks.at(step), [rank.at(step) for rank in ranks]
         for name in ("image", "rows", "neighbors"):
             np.testing.assert_array_equal(whole[name], np.concatenate([part[name] for part in parts]))
@@ -189,7 +189,7 @@ def _overwrite_in_first_tar(dataset: Dataset, at: int, data: bytes) -> None:
 
 
 def test_a_tar_with_other_samples_than_its_manifest_is_refused(copied):
-    _overwrite_in_first_tar(copied, 0, b"#")  # its first header: nothing can be read any more
+    _overwrite_in_first_tar(copied, 0, b"#")  # its first header, so no sample can be read
     with pytest.raises(ValueError, match=r"000000\.tar has 0 samples, its manifest says 30\nhint"):
         [batches(copied).at(step) for step in range(9)]
 

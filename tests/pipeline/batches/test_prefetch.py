@@ -45,7 +45,7 @@ def test_a_file_that_is_freed_before_its_turn_is_not_opened():
 
     ahead = Prefetcher(open_number, threads=1)
     ahead.want(range(20))
-    time.sleep(0.1)  # the first is under way
+    time.sleep(0.1)  # the first is being opened
     ahead.want([7])
     may_open.set()
     assert ahead[7] == 7 and opened_numbers == [0, 7]

@@ -27,7 +27,7 @@ def test_the_drawn_corpus_is_a_folder_of_images_with_captions(tmp_path):
     styles = ("flat", "hatched", "lineart", "outline", "silhouette", "soft")
     by_style = {style: read_rows(folder, f"{style}.csv") for style in styles}
     train, heldout = read_rows(folder, "train.csv"), read_rows(folder, "heldout.csv")
-    # All that there is, once: to train on or held out.
+    # Each image is once in training or held out.
     every = {row["file"] for rows in by_style.values() for row in rows}
     assert len(every) == 120 == len(train) + len(heldout)
     assert {row["file"] for row in train} | {row["file"] for row in heldout} == every
@@ -39,7 +39,7 @@ def test_the_drawn_corpus_is_a_folder_of_images_with_captions(tmp_path):
         picture = Image.open(folder / row["file"])
         assert picture.size == (24, 24) and picture.mode == "RGB" and np.asarray(picture).std() > 1
         assert row["caption"] and row["style"] == row["file"].split("/")[0]
-    # In the mix the styles are not one after the other.
+    # In the mixed dataset the styles alternate.
     assert len({row["style"] for row in train[:12]}) > 2
     assert list(verify.find_faults(str(tmp_path), "pictures/drawn")) == []
 

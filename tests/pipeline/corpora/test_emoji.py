@@ -129,7 +129,7 @@ def test_an_alias_gives_a_style_the_subject_it_lacks(tmp_path, sets):
     icons["specter"] = icons.pop("ghost")
     sets["noto"]["aliases"] = {"ghost": {"parent": "spirit"}, "spirit": {"parent": "specter"}}
     sets["twemoji"]["icons"].pop("ghost")
-    sets["twemoji"]["aliases"] = {"ghost": {"parent": "ghost"}}  # leads nowhere
+    sets["twemoji"]["aliases"] = {"ghost": {"parent": "ghost"}}  # has no target
     catalog = emoji.catalog(pack_all(tmp_path, sets))
     assert styles_of(catalog, "ghost") == [style for style in STYLES if style != "twemoji"]
     assert "specter" not in catalog.subjects
@@ -144,7 +144,7 @@ def test_a_turned_alias_is_not_followed(tmp_path, sets, transform):
 
 
 def test_a_drawing_has_one_subject_and_a_held_out_one_comes_first(tmp_path, sets):
-    """`ghost` is kept back by the text encoder, so its drawing may not return as another."""
+    """The text encoder holds `ghost` out, so its drawing must not be in training under another name."""
     for style in STYLES:
         sets[style]["icons"]["apparition"] = {"body": path(1001)}
     sets["noto"]["icons"]["apparition"] = dict(sets["noto"]["icons"]["ghost"])

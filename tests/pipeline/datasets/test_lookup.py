@@ -1,4 +1,4 @@
-"""A few images of a large dataset take one ranged read each, and are the same as by reading whole tars."""
+"""A few images of a large dataset take one ranged read each, and equal those from whole tars."""
 
 import hashlib
 import random

@@ -1,4 +1,4 @@
-"""Which rows a takedown is about."""
+"""A takedown matches the right rows."""
 
 import pyarrow as pa
 import pytest

@@ -53,7 +53,7 @@ def reason(url: str, **options) -> str:
 
 
 class Names:
-    """A DNS of one's own: invented names with the answers of each lookup in turn, the last one for ever."""
+    """A fake DNS: invented names with the answers of each lookup in turn. The last answer repeats."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.answers: dict[str, list[list[str] | int | Callable[[], list[str]]]] = {}

@@ -63,7 +63,7 @@ class StrictServer:
         recent.append(now)
         while recent[0] < now - 1:
             recent.popleft()
-        # Requests that came during a stall of this process are read together, and were not sent together.
+        # Requests that arrived during a stall of this process are read together, but were not sent together.
         stalled_s = sum(seconds for moment, seconds in self._stalls if moment > now - 1)
         stalled_s += max(0.0, now - self._beat - 2 * _BEAT_S)
         limit = self.limits[address] * (1 + stalled_s)

@@ -101,7 +101,7 @@ def test_failed_downloads_are_attempted_again(site):
         assert web_server.seen(site)["requests"] == (3 if expected in {"cut", "timeout"} else 1), path
     web_server.seen(site)
     assert reason(f"http://{site}/reset", retries=2) == "connect"
-    assert 3 <= web_server.seen(site)["requests"] <= 6  # aiohttp repeats by itself what may have met a stale connection
+    assert 3 <= web_server.seen(site)["requests"] <= 6  # aiohttp may repeat one too
 
 
 def test_a_stale_connection_costs_no_attempt():
@@ -156,7 +156,7 @@ def test_too_large_answers_are_refused(site):
     assert reason(f"http://{site}/a.jpg", max_bytes=len(FILES["a.jpg"]) - 1) == "too_large"
     began = time.monotonic()
     assert reason(f"http://{site}/forever", max_bytes=10_000_000) == "too_large"
-    # Announced: nothing of it is waited for.
+    # The announced length is too large, so the body is not awaited.
     assert reason(f"http://{site}/raw/open?HTTP/1.1 200 OK%0d%0aContent-Length: 99999999999%0d%0a%0d%0a") == "too_large"
     assert time.monotonic() - began < 2
 
@@ -171,7 +171,7 @@ def test_a_gzip_bomb_takes_no_memory(site):
 
 
 def test_spoiled_answers_give_bytes_or_a_reason(site):
-    """Nothing else may come out, whatever a server says."""
+    """No other result is possible for any answer of a server."""
     chance = random.Random(5)
     wholes = [web_server.answer(b"x" * 300, "X-Robots-Tag: max-snippet: 20, all", "Set-Cookie: a=b; Path=/"),
               b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n3;x=y\r\nabc\r\n0\r\nT: x\r\n\r\n",

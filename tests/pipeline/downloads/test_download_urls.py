@@ -1,4 +1,4 @@
-"""URLs as browsers send them, redirects, and credentials that stay where they belong."""
+"""URLs are sent as browsers send them, redirects are followed, and credentials go to no other host."""
 
 import base64
 from urllib.parse import quote_from_bytes

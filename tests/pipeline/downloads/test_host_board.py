@@ -40,7 +40,7 @@ def test_clients_share_one_line_of_slots():
         board.now = 100 + step / 40
     slot_times.sort()
     assert min(after - before for before, after in itertools.pairwise(slot_times)) > 0.0499
-    # The line has no gaps, and reaches a few seconds ahead at most.
+    # The slots have no gaps, and reach at most a few seconds ahead.
     assert 200 <= len(slot_times) <= 300 and slot_times[-1] - slot_times[0] < len(slot_times) / 20 + 0.1
     assert Board().ask("a", rate=0.01) == Slots(0.0, 100.0, 1)
 
@@ -64,7 +64,7 @@ def test_pauses_grow_and_single_requests_probe_the_host():
     state = board.board.state(HOST)
     assert state and not state.recovering and state.pauses == 0
     slots = board.ask("a")
-    # Half of the rate at which it refused; refusals of single requests do not count.
+    # The rate is half of that at the refusal; refusals of single requests do not count.
     assert slots and 1 / slots.interval == 20
     board.now += 100
     slots = board.ask("a")

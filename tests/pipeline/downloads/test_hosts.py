@@ -1,4 +1,4 @@
-"""The host of a URL, however it is spelled: the one that a download asks, and that a takedown names."""
+"""The host of a URL in any spelling is the host that a download contacts and that a takedown names."""
 
 import pytest
 

@@ -44,19 +44,19 @@ def test_a_limit_is_kept_and_other_hosts_are_not_slowed():
     ("403 Forbidden", ""), ("429 Too Many Requests", ""), ("429 Too Many Requests", "1"),
     ("503 Service Unavailable", "1")])
 def test_downloads_wait_for_a_host_that_bans_and_lose_no_row(short_pauses, status, retry_after):
-    """Without a limit of requests: it is outcome by the refusals."""
+    """No limit is configured: the client learns the rate from the refusals."""
     server = StrictServer({HOSTS[0]: 20, HOSTS[1]: 0}, ban_s=0.8, status=status, retry_after=retry_after)
     with running(server):
         outcome, _ = fetched(server, server.urls(HOSTS[0], 60) + server.urls(HOSTS[1], 60), connections=16)
     assert reasons(outcome) == {"image": 120}
-    # All that were under way at the ban, and few after that.
+    # The requests in flight at the ban, and few after that.
     assert 0 < server.refused[HOSTS[0]] < 60
     others = server.times[HOSTS[1]]
     assert others[-1] - others[0] < 1.5
 
 
 def test_single_urls_that_are_forbidden_pause_a_host_once(short_pauses):
-    """As a bucket answers for keys that it does not have."""
+    """A bucket answers 403 for missing keys."""
     with running(StrictServer({HOSTS[0]: 0})) as server:
         urls = server.urls(HOSTS[0], 300)
         urls[::10] = server.urls(HOSTS[0], 30, "forbidden")
@@ -130,7 +130,7 @@ def test_robots_txt_is_obeyed_if_configured():
 
 def test_a_robots_txt_without_an_answer_is_no_permission():
     with running(StrictServer({HOSTS[0]: 0})) as server:
-        url = f"http://{HOSTS[1]}:{server.port}/image/1"  # nobody listens there
+        url = f"http://{HOSTS[1]}:{server.port}/image/1"  # a closed port
         assert fetched(server, [url], robots_txt=True, retries=0)[0] == [
             "connect: robots.txt: Connection refused"]
 

@@ -81,7 +81,7 @@ def test_one_private_ip_among_public_ones_is_refused(names, connected):
 
 
 def test_the_connection_goes_to_the_checked_ip(site, names, connected):
-    """A name that changes its address after the check leads nowhere else."""
+    """If a name changes its IP after the check, the connection still goes to the checked IP."""
     port = site.rpartition(":")[2]
     names.answers["rebound.test"] = [["8.8.8.8"], ["127.0.0.1"]]
     web_server.seen(site)
@@ -114,7 +114,7 @@ def test_allowed_hosts_may_be_private(site, names):
     assert get(f"{to}http://mine.test:{port}/a.jpg", allow_hosts=(site, "mine.test")) == FILES["a.jpg"]
     assert reason(f"{to}http://mine.test:{port}/a.jpg", allow_hosts=(site,)) == "forbidden_address"
     assert reason(f"{to}http://127.1:{port}/a.jpg", allow_hosts=(site,)) == "forbidden_address"
-    # A connection that one name was given is not another's.
+    # A connection of one name is not reused for another name.
     assert [str(result)[:9] for result in results(
         [f"http://mine.test:{port}/", f"http://other.test:{port}/"], allow_hosts=("mine.test",))] == [
             "http_404:", "forbidden"]

@@ -18,5 +18,5 @@ def fresh_encoder():
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """The bundled weights in a file of one's own."""
+    """A copy of the bundled weights in a file."""
     return shutil.copy(BUNDLED / "tiny_clip.safetensors", tmp_path_factory.mktemp("weights") / "w.safetensors")

@@ -66,7 +66,7 @@ def check_adopted(dataset: Dataset, folder: Path, expected: Dataset) -> None:
     run_stage(AdoptEmbeddings(dataset, CONFIG, str(folder)))
     adopted, own = (Embeddings(version).all().astype(np.float32) for version in (dataset, expected))
     assert (adopted * own).sum(1).min() > 0.999
-    # So these numbers tell the images apart.
+    # So these numbers distinguish the images.
     assert np.sort(own @ own.T, axis=1)[:, -2].max() < 0.998
 
 

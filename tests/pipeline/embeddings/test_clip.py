@@ -1,4 +1,4 @@
-"""Models from folders and hubs: what is described is what is loaded, and nothing is loaded without weights."""
+"""Models from folders and hubs: the description fits the loaded model, and no model is loaded without weights."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def write_model(path: Path, preprocessing: dict[str, Any] | None = None, **visio
 
 
 def by_open_clip(model: str, pictures: list[Image.Image]) -> np.ndarray:
-    """By the steps of open_clip's own documentation."""
+    """The expected vectors follow the steps of open_clip's documentation."""
     loaded, _, preprocess = open_clip.create_model_and_transforms(model)
     loaded.eval()
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_a_folder_of_the_bundled_model_gives_its_vectors(copied: Dataset, built:
     run_stage(Embed(copied, EmbedConfig(model=model, batch_size=16)))
     np.testing.assert_array_equal(Embeddings(copied).all(), Embeddings(built).all())
     encoder, bundled = dataset_encoder(copied), dataset_encoder(built)
-    assert encoder["model"] == "local-dir"  # where it lies is no matter
+    assert encoder["model"] == "local-dir"  # the path does not matter
     assert encoder | {"model": bundled["model"]} == bundled
     texts = ["a red heart", "blue square"]
     expected = clip.load_encoder(ClipConfig()).texts(texts)
@@ -81,7 +81,7 @@ def test_the_preprocessing_comes_from_the_folder(other: dict[str, Any], tmp_path
     vectors = [encoder.images(np.stack([encoder.prepared(synthetic.encoded(picture, "PNG")) for picture in pictures]))
                for encoder in encoders]
     assert (vectors[0] * by_open_clip(config.model, pictures)).sum(1).min() > 1 - 1e-3
-    if other.get("interpolation") != "random":  # which open_clip takes for bicubic
+    if other.get("interpolation") != "random":  # open_clip reads this as bicubic
         assert (vectors[0] * vectors[1]).sum(1).min() < 1 - 2e-5
 
 
@@ -96,14 +96,14 @@ def test_the_image_size_comes_from_the_folder(tmp_path: Path) -> None:
 
 
 def test_a_description_loads_no_weights(tmp_path: Path) -> None:
-    """The driver plans with it: of 300 MB of weights it may hold none."""
+    """The driver plans with the description, so it must not load 300 MB of weights."""
     model = write_model(tmp_path / "model")
     with open(tmp_path / "model" / "open_clip_model.safetensors", "ab") as file:
         file.truncate(300 << 20)
     description = describe_encoder(ClipConfig(model))
     assert description["weights_sha256"] != describe_encoder(ClipConfig())["weights_sha256"]
     assert description["dim"] == 256
-    with pytest.raises(ValueError, match="cannot load local-dir:"):  # it was never looked into
+    with pytest.raises(ValueError, match="cannot load local-dir:"):  # the folder was never read
         clip.load_encoder(ClipConfig(model))
 
 
@@ -118,7 +118,7 @@ def test_the_description_names_the_loaded_weights_of_several(tmp_path: Path) -> 
 
 
 def test_a_worker_whose_folder_has_other_settings_is_refused(copied: Dataset, tmp_path: Path) -> None:
-    """The same weights, but another mean: the vectors would be others."""
+    """The weights are equal, but another mean would change the vectors."""
     shutil.rmtree(copied.folder("embeddings"))
     stage = Embed(copied, EmbedConfig(model=write_model(tmp_path / "model")))
     items = prepare(stage)
@@ -144,7 +144,7 @@ def test_folders_that_are_no_models_are_refused(tmp_path: Path) -> None:
             assert "\nhint: " in str(caught.value) and len(str(caught.value).splitlines()) == 2, name
     (tmp_path / "model" / "open_clip_model.safetensors").unlink()
     with pytest.raises(ValueError, match="has no weights beside its open_clip_config"):
-        clip.load_encoder(ClipConfig(model))  # open_clip would take random ones
+        clip.load_encoder(ClipConfig(model))  # open_clip would use random weights
     for text, message in [("{", "cannot be read"), ("{}", "has no model_cfg"),
                           ('{"model_cfg": {}}', "has no model_cfg"), ("[]", "has no model_cfg")]:
         (tmp_path / "model" / "open_clip_config.json").write_text(text)

@@ -27,7 +27,7 @@ def test_every_undecodable_image_has_a_reason():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF"])
 def test_damaged_bytes_give_an_image_or_a_reason(kind, capfd):
-    """Nothing else may come out of a decoder, whatever the bytes."""
+    """A decoder has no other result for any bytes."""
     chance = random.Random(kind)
     frames = [noise(24, 20, seed) for seed in range(3)]
     exif = Image.Exif()
@@ -59,7 +59,7 @@ def test_the_first_frame_of_an_animation_is_decoded(kind):
 
 
 def turned(upright: Image.Image, orientation: int) -> Image.Image:
-    """As a camera stores it that notes `orientation`."""
+    """The image as a camera stores it with `orientation`."""
     inverse = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
                4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
                7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}.get(orientation)

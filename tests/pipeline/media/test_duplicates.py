@@ -9,7 +9,7 @@ from pipeline.media import duplicates
 
 
 def first_near_rows(phash, colour, bits, distance, missing=None):
-    """The words of the docstring, one by one."""
+    """The rules of the docstring as a plain loop."""
     kept, result = [], []
     for row, (value, mean) in enumerate(zip(phash.tolist(), colour.astype(int), strict=True)):
         hits = [] if missing is not None and missing[row] else [
@@ -109,7 +109,7 @@ def test_random_rows_agree_with_every_pair_compared(bits, distance, few):
 
 @pytest.mark.parametrize("free", ["low", "spread", "ball"])
 def test_crowds_agree_with_every_pair_compared(free, few):
-    """All within a few bits of each other, or free in a few bits alone: many bands are the same for all."""
+    """All hashes are within a few bits of each other, or differ only in a few bits, so many bands are equal."""
     rng = np.random.default_rng(7)
     if free == "low":
         phash = rng.integers(0, 1 << 12, 700, np.uint64)
@@ -147,7 +147,7 @@ def test_settings_out_of_range_are_refused():
 
 @pytest.mark.parametrize("kind", ["blank", "white", "ball", "copies"])
 def test_crowds_take_seconds(kind):
-    """Compared with each other they would take many minutes."""
+    """A comparison of every pair would take many minutes."""
     rng = np.random.default_rng(0)
     count = 100_000
     phash, colour = np.full(count, 1 << 63, np.uint64), rng.integers(0, 256, (count, 3))

@@ -70,7 +70,7 @@ def test_the_size_of_a_jpeg_xl_is_read_from_its_header(jpeg_xl, size):
 
 
 def test_an_orientation_is_applied_once(jpeg_xl, tmp_path):
-    """In JPEG XL the coded image is upright, and its EXIF is a note. A JPEG inside keeps its own rule."""
+    """In JPEG XL the coded image is upright, and its EXIF has no effect. A JPEG inside follows its own EXIF."""
     exif = Image.Exif()
     exif[0x0112] = 6
     image = photo(96, 64)
@@ -84,7 +84,7 @@ def test_an_orientation_is_applied_once(jpeg_xl, tmp_path):
 
 
 def test_huge_images_are_refused_before_they_are_decoded():
-    """These headers have nothing behind them: a decoder would say corrupt."""
+    """These files end after their headers, so a decoder would report them as corrupt."""
     assert reason(jxl_header(60_000, 60_000)) == "too_many_pixels"
     container = b"\0\0\0\x0cJXL \r\n\x87\n\0\0\0\x14ftypjxl \0\0\0\0jxl \0\0\0\x14Exif" + b"\xff\n" * 6
     assert reason(container + b"\0\0\0\0jxlc" + jxl_header(60_000, 60_000)) == "too_many_pixels"

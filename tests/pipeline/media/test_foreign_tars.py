@@ -1,4 +1,4 @@
-"""Tars that continue after an end mark or a damage, and samples whose members lie apart."""
+"""Tars that continue after an end mark or after damage, and samples with distant members."""
 
 import io
 import itertools

@@ -1,4 +1,4 @@
-"""Images that are made to harm their decoder cost themselves: bounded memory and time, and a reason."""
+"""Images that attack their decoder are skipped with a reason, in bounded memory and time."""
 
 import os
 import resource
@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).parents[3]
 
 
 def progressive(side: int, scans: int, color: str = "red") -> bytes:
-    """A JPEG whose last scan is there so many times."""
+    """A JPEG that repeats its last scan."""
     data = encoded(Image.new("RGB", (side, side), color), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * scans + b"\xff\xd9"
@@ -68,7 +68,7 @@ def tiff_of_many_tags(tags: int, size: int) -> bytes:
 
 
 def peak_of(code: str, *arguments: str) -> tuple[str, int, float]:
-    """A new process: what it prints, its peak of memory (or that of its children) in MB, and its seconds."""
+    """Run a new process. Its output, the peak of its memory (or of its children) in MB, and its seconds."""
     program = f"""
 import resource, sys
 from pipeline.media.decode import decode, read_exif, read_size
@@ -212,7 +212,7 @@ def test_a_decoder_that_takes_too_long_is_ended(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", shorter)
     begun = time.process_time()
     with pytest.raises(BadImage, match="too_slow"):
-        isolation.call(pow, 3, 10**9)  # native code that nothing interrupts
+        isolation.call(pow, 3, 10**9)  # native code without interruption
     assert time.process_time() - begun < 5
 
 

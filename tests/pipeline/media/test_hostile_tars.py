@@ -1,4 +1,4 @@
-"""Tars that are made to harm their reader cost themselves: no endless loop, no recursion, bounded memory."""
+"""Tars that attack their reader are skipped: no endless loop, no recursion, bounded memory."""
 
 import io
 import itertools

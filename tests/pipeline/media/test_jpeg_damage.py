@@ -75,7 +75,7 @@ def test_a_progressive_file_may_lack_the_scans_that_refine_it():
     data = JPEGS["progressive"]
     ends = [at for at in range(len(data)) if data[at:at + 2] == b"\xff\xda"]
     verdicts = []
-    for end in ends[1:]:  # most of the scan that begins there is lost, and all later ones are
+    for end in ends[1:]:  # most of this scan and all later scans are lost
         try:
             damaged = decode(data[:end + 40], 10**6)
             verdicts.append(psnr(Image.fromarray(pixels(damaged)), Image.fromarray(pixels(decode(data, 10**6)))))
@@ -101,7 +101,7 @@ def test_zeros_in_the_data_give_no_wrong_image(name):
             image = decode(damaged, 10**6)
         except BadImage as bad:
             assert bad.reason == "corrupt"
-            with pytest.raises(BadImage):  # so do the readers of shards
+            with pytest.raises(BadImage):  # readers of shards do the same
                 decode_pixels(damaged)
             refused += 1
             continue
@@ -167,7 +167,7 @@ def test_other_formats_that_are_cut_are_refused_unless_they_are_complete(kind, l
 
 
 def test_a_png_with_one_wrong_bit_is_refused():
-    """Its checksums find it. JPEG, WebP, GIF, BMP and AVIF have none."""
+    """PNG has checksums. JPEG, WebP, GIF, BMP and AVIF have none."""
     data = bytearray(encoded(IMAGE, "PNG"))
     data[len(data) // 2] ^= 4
     assert reason(bytes(data)) == "corrupt"

@@ -59,7 +59,7 @@ def test_encoding_is_deterministic_and_close_to_the_pixels(image_format):
 @pytest.mark.parametrize("how", ["center_crop", "keep_ratio", "keep_ratio_largest", "border"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_jpeg_decoded_at_a_fraction_gives_the_same_image(orientation, how):
-    """Sides that no fraction divides: an image off by half a pixel of the fraction is below 40 dB here."""
+    """No fraction divides these sides. An error of half a pixel of the fraction would be below 40 dB."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     upright = photo(1001, 667)
@@ -137,7 +137,7 @@ def test_very_large_images_are_resized_accurately(how):
     picture = photo(1301, 901)
     plain = picture.resize((46, 32), Image.Resampling.LANCZOS)
     shown = resize(picture, 32, how)
-    # The square is cut at a fraction of a pixel here, and at a whole one there.
+    # The crop begins at a fraction of a pixel here, and at a full pixel in the reference.
     expected, least = (plain, 45) if how == "keep_ratio" else (plain.crop((7, 0, 39, 32)), 30)
     assert psnr(shown, expected) > least
 
@@ -145,7 +145,7 @@ def test_very_large_images_are_resized_accurately(how):
 def test_patches_are_a_function_of_seed_and_key():
     picture = noise(40, 33)
     patches = cut_patches(picture, 32, 400, 1, "a/b.jpg")
-    # Written down, for they must be the same everywhere and ever.
+    # These are constants, because patches must be the same on every machine and in every version.
     assert [place[:2] for place in patches[:3]] == [(7, 0), (5, 0), (0, 0)]
     assert [place[:2] for place in cut_patches(picture, 32, 3, 1, "a/b.jpg")] == [(7, 0), (5, 0), (0, 0)]
     assert all(np.asarray(patch).tolist() == np.asarray(picture)[y:y + 32, x:x + 32].tolist()

@@ -40,7 +40,7 @@ def test_images_by_position_are_those_read_in_order(tmp_path, tar_format):
     expected = [tars.sample_image(sample) for sample in tars.read(path)]
     pictures = tars.TarImages(path)
     assert len(pictures) == len(expected) == 5
-    path.unlink()  # open is open
+    path.unlink()  # the end of an open range
     assert [pictures[position] for position in range(5)] == expected
     assert pictures[4] == b"last" and pictures[0] == b"first"
 

@@ -61,7 +61,7 @@ def add_column(dataset: Dataset, name: str, values: list) -> None:
 
 
 def test_patches_of_the_same_image_are_left_out(tmp_path):
-    """Every third row is of the same image, and those are the nearest."""
+    """Every third row is a patch of the same image, and these rows are the nearest."""
     vectors = synthetic.clustered(90, 16)
     pictures = [storage.short_hash(str(row // 3)).ljust(64, "0") for row in range(90)]
     for row in range(90):
@@ -93,7 +93,7 @@ def test_similar_images_are_left_out_if_configured(tmp_path):
 
 @pytest.mark.parametrize("method", ["index", "exact"])
 def test_copies_beyond_the_candidate_list_are_left_out(tmp_path, method):
-    """Row 0 has two thousand copies by its image: what is left is still found."""
+    """Row 0 has two thousand copies with the same image. The other rows are still found."""
     vectors = synthetic.clustered(3000, 16, clusters=3)
     hashes = [storage.short_hash("same" if row < 2001 else str(row)).ljust(64, "0") for row in range(3000)]
     dataset = synthetic.vector_dataset(tmp_path, "x", [vectors], hashes)

@@ -96,7 +96,7 @@ def test_a_database_smaller_than_k_is_padded(tmp_path, method, count):
 
 
 def test_an_index_of_few_lists_does_not_leave_gaps(tmp_path):
-    """Looking into one list of three, an index cannot give as many candidates as there are rows."""
+    """An index that searches one list of three cannot give all rows as candidates."""
     database = index_database(synthetic.vector_dataset(tmp_path, "x", [synthetic.clustered(300, 16, clusters=40)]),
                               key="IVF30,Flat", target_recall=0.0)
     ids, _, manifest = find_neighbors(database, database, k=100, copy_similarity=2.0)
@@ -211,7 +211,7 @@ def test_records_have_the_seconds_of_each_part(tmp_path, method):
     _, _, manifest = find_neighbors(database, database, k=5, method=method, probes=2, at_once=1)
     times = [record["run"]["times"] for record in manifest["items"]]
     parts = {"read", "products", "choose", "settle", "check", "cpu"}
-    # A worker keeps what it opened.
+    # A worker keeps its open index.
     assert [set(record_times) for record_times in times] == [parts | {"open"}, parts, parts]
     for record_times, record in zip(times, manifest["items"], strict=True):
         seconds_of_parts = sum(seconds for name, seconds in record_times.items() if name != "cpu")

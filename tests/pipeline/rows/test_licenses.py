@@ -1,4 +1,4 @@
-"""Licenses are found under any name and mapped to SPDX; what is not known is not guessed."""
+"""Licenses are found under any name and mapped to SPDX. Unknown licenses are not guessed."""
 
 import pytest
 

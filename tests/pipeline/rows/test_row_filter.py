@@ -249,7 +249,7 @@ def random_expression(chance: random.Random, depth: int) -> Any:
 
 @pytest.fixture(scope="module")
 def grouped() -> pa.Table:
-    """Sorted a little, so that groups of five rows have ranges; some with NaN, with nulls, of one value."""
+    """Partly sorted rows, so that groups of five rows have ranges. Some have NaN, nulls or a single value."""
     chance = random.Random(0)
     rows: dict[str, list[Any]] = {"i": [], "f": [], "s": [], "t": []}
     for group in range(40):

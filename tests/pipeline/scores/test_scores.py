@@ -1,4 +1,4 @@
-"""Scores: rows align, heads are what torch computes, and what cannot be scored is refused."""
+"""Scores: rows align, heads give the results of torch, and impossible requests are refused."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def predictor(width: int, *sizes: int) -> dict[str, torch.Tensor]:
-    """Layers of random weights, numbered as in the aesthetic predictor of LAION: with gaps, where dropout was."""
+    """Layers of random weights. Their numbers have gaps for dropout, as in the aesthetic predictor of LAION."""
     generator, tensors = torch.Generator().manual_seed(0), {}
     for number, size in enumerate(sizes):
         tensors[f"layers.{4 * number}.weight"] = torch.randn(size, width, generator=generator)

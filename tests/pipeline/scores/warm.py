@@ -16,6 +16,6 @@ def score_too_few(shard: ScoredShard) -> np.ndarray:
 
 
 def score_twice(shard: ScoredShard) -> dict[str, np.ndarray]:
-    """Two columns; the first is no number for negative vectors."""
+    """Two columns; the first is NaN for negative vectors."""
     first = shard.vectors[:, 0]
     return {"root": np.sqrt(np.where(first < 0, np.nan, first)), "letters": np.array([len(key) for key in shard.keys])}

@@ -1,4 +1,4 @@
-"""Rows of a host that is limited or refuses wait. Rows of others do not. `--retry-failed` fetches given up rows."""
+"""Rows of a host that is limited or refuses wait. Rows of others do not. `--retry-failed` fetches failed rows again."""
 
 from pathlib import Path
 from typing import Any

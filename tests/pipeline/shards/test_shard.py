@@ -73,7 +73,7 @@ BAD = {"truncated.jpg": "corrupt", "text.jpg": "not_a_picture", "empty.png": "em
 
 @pytest.fixture(scope="module")
 def mixed_folder(tmp_path_factory):
-    """A folder with all that people have in folders."""
+    """A folder with the kinds of files that real folders have."""
     folder = tmp_path_factory.mktemp("everything") / "source"
     folder.mkdir()
     (folder.parent / "outside.png").write_bytes(encoded(noise(16, 16), "PNG"))
@@ -380,7 +380,7 @@ def test_a_tar_has_the_bytes_that_webdataset_writes(tmp_path):
 
 
 def test_a_full_disk_of_a_spool_is_named(tmp_path):
-    """A disk that is nearly full takes a part of what is written, without an error."""
+    """A nearly full disk accepts a part of a write, without an error."""
     def write():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))

@@ -29,7 +29,7 @@ PICTURES = {f"{number:02d}.png": encoded(noise(20, 24, number), "PNG") for numbe
 
 
 def shard_source(root, source, **options) -> tuple[Dataset, dict]:
-    """A source made into the dataset `x` of small shards, and its manifest; nothing may be wrong with it."""
+    """Shard a source into the dataset `x` of small shards. The dataset without faults, and its manifest."""
     dataset = Dataset.parse(str(root), "x")
     settings = {"samples_per_shard": 7, "image_size": 16, "download": DOWNLOAD, "format": "png"} | options
     source = tuple(map(str, source)) if isinstance(source, tuple | list) else str(source)
@@ -47,7 +47,7 @@ def stored_samples(dataset: Dataset, manifest: dict) -> list[dict]:
 
 
 def laion(image_site: str) -> list[dict]:
-    """Rows as LAION has them, with what is missing there too."""
+    """Rows with the columns of LAION, and with its missing values."""
     return [{"URL": f"http://{image_site}/{number:02d}.png",
              "TEXT": f'image "{number}",\nof noise' if number % 5 else None,
              "WIDTH": 20, "HEIGHT": 24 if number % 4 else None, "similarity": number / 64,
@@ -56,7 +56,7 @@ def laion(image_site: str) -> list[dict]:
 
 
 def write_list(path: Path, rows: list[dict], **options) -> Path:
-    """Rows as a file of the kind that its name says."""
+    """Write rows to a file of the kind that its name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kind, _, packing = path.name.partition(".")[2].partition(".")
     if kind == "parquet":
@@ -65,7 +65,7 @@ def write_list(path: Path, rows: list[dict], **options) -> Path:
     lines = io.StringIO(newline="")
     if kind == "jsonl":
         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    elif kind == "tsv":  # which has no quotes, and so no tabs and lines in a cell
+    elif kind == "tsv":  # TSV has no quotes, so a cell has no tabs or line breaks
         lines.writelines("\t".join("" if cell is None else " ".join(str(cell).split()) for cell in cells) + "\n"
                          for cells in [list(rows[0]), *(row.values() for row in rows)])
     else:

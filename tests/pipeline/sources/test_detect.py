@@ -1,4 +1,4 @@
-"""The kind of a source: one kind is taken, several are named."""
+"""The kind of a source: one kind is used, several kinds are an error that names them."""
 
 from pathlib import Path
 

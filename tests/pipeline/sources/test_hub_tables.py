@@ -1,4 +1,4 @@
-"""Parquet of the Hugging Face Hub and of img2dataset, as it lies."""
+"""Parquet files of the Hugging Face Hub and of img2dataset are read unchanged."""
 
 import base64
 import hashlib

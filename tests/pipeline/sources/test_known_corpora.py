@@ -1,4 +1,4 @@
-"""Known corpora as they lie: miniatures with the columns of the originals are taken without flags."""
+"""Known corpora are read without flags: small copies have the columns of the originals."""
 
 import base64
 import bz2
@@ -145,7 +145,7 @@ LISTS = [  # layout, maker, caption, license, (author, title, page)
 
 @pytest.mark.parametrize(("name", "make", "caption", "license", "credit"), LISTS, ids=[each[0] for each in LISTS])
 def test_tables(tmp_path, image_site, caplog, name, make, caption, license, credit):
-    flags = {"url_column": f"http://{image_site}/{{image_id}}.png"} if name == "AIC" else {}  # its own host is far away
+    flags = {"url_column": f"http://{image_site}/{{image_id}}.png"} if name == "AIC" else {}  # not its real host
     with caplog.at_level(logging.INFO):
         dataset, manifest = shard_source(tmp_path / "x", make(tmp_path, f"http://{image_site}/00.png"), **flags)
     row = table(dataset, manifest)[0]

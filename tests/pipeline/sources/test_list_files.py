@@ -1,4 +1,4 @@
-"""Files of lists as people have them: without a header, in folders with columns, with other columns, with odd cells."""
+"""Unusual files of lists: without a header, in folders that name columns, with other columns, with odd cells."""
 
 import base64
 import bz2

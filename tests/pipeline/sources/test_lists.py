@@ -55,7 +55,7 @@ def test_a_list_of_any_kind_gives_the_same_tars(tmp_path, image_site):
                   "json": sample["json"] | {"caption": sample["json"]["caption"].replace("\n", " ")}}
         for sample in samples_by_kind["csv"]]
     assert samples_by_kind["csv"] == [
-        sample | {"json": {key: str(cell) if key in rows[0] and cell is not None else cell  # all that a CSV knows
+        sample | {"json": {key: str(cell) if key in rows[0] and cell is not None else cell  # the only types of a CSV
                            for key, cell in sample["json"].items()}} for sample in whole]
     assert schemas["parquet"] == schemas["jsonl"] and len(schemas["parquet"]) == len(schemas["csv"]) == 1
     for sample in whole:

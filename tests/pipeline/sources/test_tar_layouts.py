@@ -1,4 +1,4 @@
-"""Tars as others lay them out: compressed, joined, members apart, several images of a key, dots in names."""
+"""Tars of other programs: compressed, concatenated, with distant members, several images of a key, dots in names."""
 
 import bz2
 import gzip

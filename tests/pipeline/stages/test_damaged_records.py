@@ -1,4 +1,4 @@
-"""Damage in a stage under way: a stage makes the item of a damaged record again, and names a damaged plan."""
+"""Damage in an unfinished stage: the item of a damaged record is processed again, and a damaged plan is named."""
 
 import json
 import logging

@@ -51,7 +51,7 @@ def test_an_item_is_not_counted_twice_when_it_is_recorded(tmp_path):
     report_progress = report_rows(tmp_path, "000000", 90, cut=9)
     assert tally.look()["rows"] == 90
     tally.record(make_record("000000", 100, cut=10), 1000)
-    # Its worker has not yet taken back its word; or died before.
+    # Its worker has not yet removed its report, or died before.
     assert tally.look()["rows"] == tally.look(quick=True)["rows"] == 100
     assert tally.now["skipped"] == {"cut": 10}
     report_progress.done()
@@ -121,14 +121,14 @@ def test_retried_rows_count_once_in_a_budget(tmp_path):
     tally = Tally(str(tmp_path), 3, 1500)
     tally.record(make_record("000000", 1000, cut=300), 0)
     tally.start()
-    # Half of them fail again, and some are in hand.
+    # Half of them fail again, and some are in progress.
     tally.record(make_record("000001", 200, retried=200, cut=100), 0)
     report_rows(tmp_path, "000002", 90, again=True, cut=90)
     tally.look()
     assert tally.over(0.25) == ""  # no row of this run failed for the first time
     assert tally.over(0.21, final=True) == "" and "200 of 1000 rows failed (20%" in tally.over(0.19, final=True)
     assert tally.now["rows"] == 1290 and tally.now["retried"] == 290
-    assert "80.0% good" in describe_progress(tally.now)  # those in hand are not counted twice
+    assert "80.0% good" in describe_progress(tally.now)  # rows in progress are not counted twice
     tally.record(make_record("000002", 100, retried=100), 0)
     assert "100 of 1000 rows failed (10%" in tally.over(0.09, final=True)
     assert "90.0% good" in describe_progress(tally.look())
@@ -247,7 +247,7 @@ def test_no_progress_files_are_left(tmp_path):
 
 
 class Half(Stage):
-    """Items of a hundred rows of which a share fails; tried again they are well."""
+    """Items of a hundred rows. A share of the rows fails at first and succeeds at the retry."""
 
     name = "half"
 
@@ -281,7 +281,7 @@ class Half(Stage):
 
 
 def test_a_budget_holds_before_sealing(tmp_path):
-    """Less rows than a share along the way would need."""
+    """The rows are too few for a check of the share before the end."""
     stage = Half(tmp_path, 0.5, items=1)
     with pytest.raises(StageFailed, match=r"50 of 100 rows failed \(50%, allowed are 40%\): 50 cut\nhint: .*retry"):
         run_stage(stage, max_failed=0.4)
@@ -304,7 +304,7 @@ def test_a_retry_comes_before_the_check_of_the_budget(tmp_path):
     manifest = run_stage(Half(tmp_path, 0.3), retry=True, max_failed=0.3)
     assert manifest["totals"]["skipped"] == {} and manifest["totals"]["samples"] == 600
     assert [item["id"] for item in manifest["items"]] == [f"{number:06d}" for number in range(7)]
-    # All of it fails again, and nothing is stopped for that: no row fails that had not before.
+    # All retried rows fail again. That does not stop the run, because no other row fails.
     worse = Half(tmp_path / "worse", 1.0, items=1)
     with pytest.raises(StageFailed, match=r"100 of 100 rows failed .*retried rows count again"):
         run_stage(worse, retry=True, max_failed=0.9)
@@ -320,7 +320,7 @@ def test_an_interrupted_retry_is_finished_and_no_other_begins(tmp_path):
 
 
 def test_two_drivers_make_one_retry(tmp_path):
-    """The other one has made its second try, though not sealed, when this one has ended the first."""
+    """The other driver has made its retry, and not sealed, when this one has ended its first pass."""
     first, second = Half(tmp_path, 1.0, items=3), Half(tmp_path, 1.0, items=3, upset={"000003"})
 
     def late(stage, items):
@@ -336,7 +336,7 @@ def test_two_drivers_make_one_retry(tmp_path):
 
 
 def test_two_drivers_that_start_together_use_different_orders(tmp_path, monkeypatch):
-    """Both found no plan: who comes second must not do the same items in the same order."""
+    """Both drivers found no plan. The second one must not process the items in the same order."""
     shuffled = []
     monkeypatch.setattr(random, "shuffle", shuffled.append)
     first, second = Half(tmp_path, 0.0), Half(tmp_path, 0.0)

@@ -28,7 +28,7 @@ from tests.pipeline.synthetic import encoded, noise
 
 
 def make_record(number: int) -> dict:
-    """A record with all that one may have, or little of it."""
+    """A record with many or few of the possible fields."""
     rng = random.Random(number)
     reasons = rng.sample(["timeout", "http_404", "corrupt", "robots"], rng.randrange(4))
     return {"id": f"{number:06d}", "plan": "p" * 64, "samples": rng.randrange(3),
@@ -41,7 +41,7 @@ def make_record(number: int) -> dict:
 
 
 def as_table(done: list[dict]) -> records.Rows:
-    """Records as they are found in the file beside a manifest."""
+    """Records as they are in the file beside a manifest."""
     return records.records(records.to_bytes([records.table(done)]))
 
 
@@ -75,7 +75,7 @@ def test_a_table_of_records_equals_the_list(count):
 
 
 def test_parts_of_a_table_equal_parts_of_the_list():
-    """Arrow's slices keep the whole behind them, and are packed alike."""
+    """A slice of Arrow refers to all of its table, and must be packed as a copy would be."""
     done = [make_record(number) for number in range(300)]
     table = records.table(done)
     for start, length in ((0, 300), (1, 298), (17, 100), (299, 1), (150, 0)):
@@ -124,7 +124,7 @@ def test_records_are_collected_in_any_order_and_packed(every):
     assert collected.ids == set(ids) - missing_ids
     assert list(collected.in_order(ids)) == [record for record in done if record["id"] not in missing_ids]
     assert sum(len(records.records(pack)) for pack in packs) == 17 // every * every
-    # Another driver's packs hold some of the same.
+    # The packs of another driver have some of the same records.
     other = Collected(every=every)
     for pack in packs:
         other.add_pack(pack)
@@ -171,7 +171,7 @@ def test_a_stage_of_many_items_gives_the_result_of_few(tmp_path, monkeypatch):
     in_few, in_many = ({name: data for name, data in synthetic.files_below(tmp_path / folder).items()
                         if name.endswith((".tar", ".npy"))} for folder in ("few", "many"))
     assert in_few == in_many
-    # Nothing is done again, whichever form is written now.
+    # No item is processed again, in either form.
     for inline in (3, 1000):
         monkeypatch.setattr(records, "INLINE", inline)
         assert without_run_facts(built(tmp_path / "many", pictures)[1]) == without_run_facts(few_manifests[0])

@@ -70,7 +70,7 @@ def test_other_inputs_are_refused_and_named(tmp_path):
 
 
 def test_the_loser_of_two_plans_changes_nothing_of_the_winner(tmp_path):
-    """Both found the folder unclaimed; the second has other settings and comes last."""
+    """Both drivers found the folder unclaimed. The second has other settings and comes last."""
     winner, loser = Count(tmp_path), Count(tmp_path, CountConfig(step=2))
     plan = loser.plan
 
@@ -84,7 +84,7 @@ def test_the_loser_of_two_plans_changes_nothing_of_the_winner(tmp_path):
     run_stage(Count(tmp_path / "alone"))
     remaining_files, winner_files = lasting_files(tmp_path / "count"), lasting_files(tmp_path / "alone" / "count")
     assert {name: data for name, data in remaining_files.items() if name in winner_files} == winner_files
-    # Lists of the loser stay, under names of their own; nothing refers to them.
+    # Lists of the loser stay under other names, and no file refers to them.
     assert all(name.startswith("lists/") for name in remaining_files.keys() - winner_files.keys())
 
 
@@ -98,7 +98,7 @@ def test_a_failed_item_is_reported_and_the_others_are_done(tmp_path, error):
     assert not storage.exists(storage.join(broken.folder, "manifest.json"))
     report = storage.read_json(storage.join(broken.folder, "failures", "000003.json"))
     assert "Traceback" in report["traceback"] and "bad" in report["error"]
-    # A user's mistake is not tried again, bad luck is.
+    # Invalid usage is not retried, a temporary failure is.
     assert broken.processed.count("000003") == (1 if isinstance(error, ValueError) else 3)
     run_stage(Count(tmp_path))
     assert storage.list_files(storage.join(broken.folder, "failures")) == []
@@ -135,7 +135,7 @@ def test_a_temporary_failure_is_retried(tmp_path):
 
 
 def test_a_late_duplicate_steps_back(tmp_path):
-    """An actor thought dead comes back after its item was done by another, and has other bytes."""
+    """An actor that seemed dead returns after another one processed its item, and has other bytes."""
     stage = Count(tmp_path)
     items = prepare(stage)
 
@@ -154,7 +154,7 @@ def test_a_late_duplicate_steps_back(tmp_path):
 
 @pytest.mark.parametrize("done", [True, False])
 def test_a_late_worker_of_a_replaced_plan_changes_nothing(tmp_path, done):
-    """The folder is planned again with other settings while an item is in hand; the new item is done, or not yet."""
+    """The folder is planned again with other settings during an item. The new item is done, or not yet."""
     late, new = Count(tmp_path), Count(tmp_path, CountConfig(step=2))
     items = prepare(late)
     process = late.process
@@ -177,7 +177,7 @@ def test_a_late_worker_of_a_replaced_plan_changes_nothing(tmp_path, done):
 
 
 def test_a_driver_of_a_replaced_plan_ends_and_changes_nothing(tmp_path):
-    """Its lease ended because it could not renew it: the machine slept, or lost its network."""
+    """The driver lost its lease, because the machine slept or lost its network."""
     late, new = Count(tmp_path), Count(tmp_path, CountConfig(step=2))
 
     def replace_midway(stage, items):
@@ -193,7 +193,7 @@ def test_a_driver_of_a_replaced_plan_ends_and_changes_nothing(tmp_path):
 
 
 def test_a_record_of_a_replaced_plan_is_replaced(tmp_path):
-    """A late worker wrote it just after the folder was emptied."""
+    """A late worker wrote the record just after the folder was emptied."""
     late = Count(tmp_path)
     record = process_and_commit(late, prepare(late)[1])
     new = Count(tmp_path, CountConfig(step=2))

@@ -44,7 +44,7 @@ def objects(s3, tmp_path, monkeypatch):
 
 
 def _age_cache(minutes):
-    """Let all that is in the cache be older."""
+    """Set the times of all files in the cache back."""
     for path in storage.cache_folder().iterdir():
         status = path.stat()
         os.utime(path, (status.st_atime - 60 * minutes, status.st_mtime - 60 * minutes))
@@ -98,7 +98,7 @@ def test_open_files_survive_removal_and_are_fetched_again(objects):
 
 
 def _replace_keeping_times(path, data):
-    """Other bytes in a file whose size and modification time stay."""
+    """Change bytes of a file and keep its size and modification time."""
     status = path.stat()
     path.write_bytes(data)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))

@@ -1,4 +1,4 @@
-"""Joined streams are read on; other bytes and cuts are errors, for every kind."""
+"""Concatenated streams are read to the end. Other bytes and cuts are errors, for every compression."""
 
 import bz2
 import gzip

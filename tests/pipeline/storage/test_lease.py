@@ -1,4 +1,4 @@
-"""Leases on folders: who may work beside whom, and how the lease of a dead command ends."""
+"""Leases on folders: which commands may run together, and how the lease of a dead command ends."""
 
 import contextlib
 import json
@@ -91,7 +91,7 @@ def test_the_lease_of_a_killed_process_of_this_machine_ends_with_it(tmp_path):
         pass
     process.kill()
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:  # the parent does not wait for it: it may be a container without an init
+    while time.monotonic() < deadline:  # the process stays a zombie, as in a container without an init
         with contextlib.suppress(LeaseConflict), hold_lease(str(tmp_path), "datasets/d/v1/shards", exclusive=True):
             assert len(_lease_files(tmp_path)) == 1
             break
@@ -160,7 +160,7 @@ def test_a_lease_counts_for_the_folders_in_it(tmp_path):
     finally:
         held.kill()
         held.wait()
-    # The leases of one process do not hinder each other in this direction.
+    # A process with a shared lease on a folder may take an exclusive one below it.
     with hold_lease(str(tmp_path), "datasets/d/v1"), hold_lease(str(tmp_path), "datasets/d/v1/shards", exclusive=True):
         pass
 

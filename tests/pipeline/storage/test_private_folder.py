@@ -15,7 +15,7 @@ OTHER_USER = 12345
 
 @pytest.fixture
 def shared(tmp_path, monkeypatch):
-    """A folder that everybody may write into, for temporary files."""
+    """A folder for temporary files that every user may write to."""
     folder = tmp_path / "shared"
     folder.mkdir()
     folder.chmod(0o1777)

@@ -1,4 +1,4 @@
-"""Sizes: one parser, and a stored form in which the plans of earlier versions keep their meaning."""
+"""Sizes: one parser, and a stored form that means the same as in plans of earlier versions."""
 
 import pytest
 

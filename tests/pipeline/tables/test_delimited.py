@@ -1,4 +1,4 @@
-"""CSV and TSV: each row that breaks the rules is named, and no other row is harmed."""
+"""CSV and TSV: each row that breaks the rules is named, and no other row is lost."""
 
 import csv
 import io

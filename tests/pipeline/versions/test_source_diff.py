@@ -1,4 +1,4 @@
-"""The comparison of a source with the listing of a version: by columns as row by row, whatever the pieces."""
+"""The comparison of a source with the listing of a version by columns equals a loop over the rows."""
 
 import csv
 import os
@@ -185,7 +185,7 @@ def test_a_takedown_finds_a_url_with_and_without_its_parameters(tmp_path: Path) 
 
 
 def test_a_stage_with_a_diff_is_small(tmp_path: Path) -> None:
-    """Workers get the place of the rows, not the rows."""
+    """Workers get the path of the rows, not the rows."""
     few, many = (read(tmp_path, [(f"http://a.org/{number}", "") for number in range(count)], Forgotten())
                  for count in (10, 10_000))
     assert abs(len(pickle.dumps(many)) - len(pickle.dumps(few))) < 100
@@ -193,7 +193,7 @@ def test_a_stage_with_a_diff_is_small(tmp_path: Path) -> None:
 
 
 def test_pieces_and_threads_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal bytes of the next version for a listing read in pieces, by any number of threads, and of any piece size."""
+    """The next version has equal bytes for any number of threads and any size of the pieces."""
     synthetic.drawings(tmp_path / "source")
     config = ShardConfig(image_size=32, format="png", samples_per_shard=7, source=(str(tmp_path / "source"),))
     base = Dataset(str(tmp_path / "first"), "drawn")

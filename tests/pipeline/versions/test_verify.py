@@ -58,7 +58,7 @@ def test_two_swapped_files_are_both_named(copied):
 
 
 def rewrite_file(dataset, folder: str, name: str, data: bytes | None) -> None:
-    """Put `data` in a file and make manifest and record say so, as a careful forger would."""
+    """Put `data` in a file and adapt manifest and record, as a careful attacker would."""
     manifest = storage.read_json(storage.join(dataset.folder(folder), "manifest.json"))
     if data is not None:
         path(dataset, f"{folder}/{name}").write_bytes(data)
