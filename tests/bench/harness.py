@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: environments of other programs, resources that a command uses, facts of the machine.
+"""Shared by all benchmarks: environments of other programs, resources of a command, facts of the machine.
 
 The import also puts the checkout on sys.path.
 """
@@ -27,7 +27,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Failed(Exception):
-    """A command or a check that went wrong; its text is for the reader."""
+    """A command or a check failed. The text is a message for the user."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Usage:
 
 
 def environment(work: Path, name: str, *packages: str) -> Path:
-    """The Python of a virtual environment with `packages`, made where it is missing."""
+    """The Python of a virtual environment with `packages`, which is made if it is missing."""
     folder = work / f"venv-{name}"
     python, ready = folder / "bin" / "python", folder / "installed.json"
     if ready.exists() and json.loads(ready.read_text()) == list(packages):
@@ -92,7 +92,7 @@ class _Watch(threading.Thread):
         for pid in sorted(running - self.others, key=int):
             with contextlib.suppress(OSError):  # it ended meanwhile
                 fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                # A process that names itself again (Ray's do) may overwrite its environment: its parent tells then.
+                # A process with a new title, as Ray's have, may overwrite its environment. Its parent identifies it.
                 if pid in self.alive or fields[1] in self.alive or self.token in _environment(pid):
                     self.alive.add(pid)
                     if fields[0] != "Z":
@@ -131,7 +131,7 @@ def measure(command: list[str], log: Path, served: Callable[[], float] = lambda:
                              "RAY_USAGE_STATS_ENABLED": "0", "WANDB_MODE": "disabled",
                              "NO_ALBUMENTATIONS_UPDATE": "1"}
     settings.pop("RAY_ADDRESS", None)
-    os.sync()  # what earlier runs wrote goes to the disk now, not while this one is measured
+    os.sync()  # writes of earlier runs go to the disk now, not during this measurement
     watch = _Watch(token)
     busy, serving, own = _machine_busy_s(), served(), time.process_time()
     begin = time.perf_counter()
@@ -141,7 +141,7 @@ def measure(command: list[str], log: Path, served: Callable[[], float] = lambda:
     watch.start()
     assert process.stdout
     stdout = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)  # as Popen.wait, and tells what it used
+    _, status, usage = os.wait4(process.pid, 0)  # like Popen.wait, with the resources that it used
     wall = time.perf_counter() - begin
     process.returncode = os.waitstatus_to_exitcode(status)
     others = _machine_busy_s() - busy - (served() - serving) - (time.process_time() - own)
@@ -155,7 +155,7 @@ def measure(command: list[str], log: Path, served: Callable[[], float] = lambda:
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise Failed(f"exit {process.returncode}: {' '.join(command)}\n{stdout[-2000:]}\n{tail}")
-    # Two lower bounds: what was seen misses the last moment of each process, what the kernel adds up misses daemons.
+    # Two lower bounds: samples miss the last moment of each process, and the kernel's sum misses daemons.
     cpu = max(sum(watch.cpu.values()), usage.ru_utime + usage.ru_stime)
     return Usage(wall, cpu, watch.peak / 1e6, max(0.0, (others - cpu) / wall), stdout)
 
@@ -169,7 +169,7 @@ def machine() -> str:
 
 
 def versions(python: Path | None = None) -> str:
-    """What ran."""
+    """The versions of Python and the packages."""
     descriptions = [f"Python {platform.python_version()}", f"Pillow {importlib.metadata.version('pillow')} "
                     f"(libjpeg-turbo {features.version('libjpeg_turbo')})", f"Ray {importlib.metadata.version('ray')}"]
     git = subprocess.run(["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty"], capture_output=True,

@@ -27,14 +27,14 @@ _VERSION = 1
 
 
 def work_folder(path: str = "") -> Path:
-    """The folder of everything that is kept from one measurement to the next."""
+    """The folder of files that stay between measurements."""
     folder = Path(path or Path(tempfile.gettempdir()) / "rdm-bench").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def photograph(seed: int, number: int) -> bytes:
-    """The bytes of one image; another for each pair of numbers."""
+    """The bytes of one image, a different one for each pair of numbers."""
     rng = np.random.default_rng([_VERSION, seed, number])
     width, height = _size(rng)
     labels, objects = _objects(rng, width, height)
@@ -69,7 +69,7 @@ def _size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def _objects(rng: np.random.Generator, width: int, height: int) -> tuple[np.ndarray, int]:
-    """A map of which object is seen where, those in front over those behind, and their number."""
+    """A map of the visible object of each pixel, front objects over back objects, and the number of objects."""
     plan = Image.new("L", (width, height))
     draw = ImageDraw.Draw(plan)
     count = int(rng.integers(12, 60))
@@ -103,7 +103,7 @@ def _enlarged(values: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def _of_size(sharp: np.ndarray, grain: np.ndarray, quality: int, wanted: float) -> bytes:
-    """The image with as much grain as makes a file of about `wanted` bytes."""
+    """The image with enough grain for a file of about `wanted` bytes."""
     low, high, data = 0.0, 24.0, b""
     for _ in range(6):
         strength = (low + high) / 2
@@ -137,7 +137,7 @@ def make(work: Path, count: int = COUNT, seed: int = 1) -> list[Path]:
 
 
 def fill_folder(work: Path, count: int) -> Path:
-    """A folder of so many photographs, those that are different again and again."""
+    """A folder of `count` photographs, in which the different ones repeat."""
     folder = work / f"folder-{count}"
     if not folder.exists():
         hidden = work / f"folder-{count}.part"

@@ -74,7 +74,7 @@ Shares = dict[str, float]
 
 
 def timed(shares: Shares, name: str, act: Callable[[], Any]) -> None:
-    """Do `act`, and note which share of the core it had meanwhile."""
+    """Run `act` and record the share of the core that it had."""
     clock, processor = time.perf_counter(), time.process_time()
     act()
     shares[name] = min(1.0, (time.process_time() - processor) / (time.perf_counter() - clock))
@@ -106,7 +106,7 @@ def build(root: Path, pictures: int, settings: Settings) -> Shares:
 
 
 def seconds(root: Path, shares: Shares) -> dict[str, float]:
-    """The processor's seconds of each stage."""
+    """Processor seconds of each stage."""
     dataset = Dataset.parse(str(root), "drawn")
     stage_seconds = {name: dataset.manifest(folder)["run"]["seconds"] for name, folder in _FOLDERS.items()}
     stage_seconds["train"] = read_metrics(Run.parse(str(root), "run"))[-1]["seconds"]
@@ -114,7 +114,7 @@ def seconds(root: Path, shares: Shares) -> dict[str, float]:
 
 
 def predicted_seconds(known: Rates, pictures: int, settings: Settings) -> dict[str, float]:
-    """Worker seconds of each stage for so many images, which are their own database."""
+    """Worker seconds of each stage for the images, which are their own database."""
     operations, dim = clip.flop_per_image(settings.embed.clip())
     network = flops.size(settings.train.unet, settings.shard.image_size, settings.train.k)
     planned = Build(settings, pictures, 0, dim, operations, network)
@@ -191,7 +191,7 @@ def compare_searches(work: Path, rows: int, each: int, times: int) -> int:
 
 
 def default_rates(work: Path, out: Path) -> int:
-    """Measure a root that has everything in it, and write its rates."""
+    """Measure a root that has every stage, and write its rates."""
     root, folder, shares = work / "rates", work / "some", Shares()
     shutil.rmtree(root, ignore_errors=True)
     folder.mkdir(exist_ok=True)
@@ -228,7 +228,7 @@ def default_rates(work: Path, out: Path) -> int:
 
 
 def _of_the_processor(known: Rates, shares: Shares) -> Rates:
-    """Rates by the clock as those of a core that does nothing else."""
+    """Rates by the clock, corrected to those of an idle core."""
     def alone(section: Any, share: float) -> Any:
         speeds = {name: value / share for name, value in asdict(section).items() if name.endswith("_per_s")}
         return replace(section, **speeds | {name: value * share for name, value in asdict(section).items()
@@ -268,7 +268,7 @@ def _vectors(root: Path, shares: Shares) -> None:
 
 
 def _random_weights(work: Path) -> str:
-    """A file of weights for ViT-B-32: how fast it is does not depend on what it learned."""
+    """A file of random weights for ViT-B-32. Its speed does not depend on the weights."""
     path = work / "vit-b-32.pt"
     if not path.exists():
         import open_clip

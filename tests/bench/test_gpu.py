@@ -16,7 +16,7 @@ def _run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment)
 
 
-def test_without_a_gpu_or_with_an_unknown_part_it_says_what_to_do(tmp_path: Path) -> None:
+def test_a_missing_gpu_or_an_unknown_part_has_a_hint(tmp_path: Path) -> None:
     for words in ([], ["--only", "train,magic"]):
         done = _run("--out", str(tmp_path), *words)
         assert done.returncode == 2 and "hint: " in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, and shows what it says."""
+"""The notebook runs from its first cell to its last, and its outputs are current."""
 
 import json
 import os

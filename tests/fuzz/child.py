@@ -13,7 +13,7 @@ SECONDS = 20.0
 
 
 class Broken(AssertionError):
-    """A reader that raised what no command expects, died, or took too long."""
+    """A reader raised an unexpected error, died, or took too long."""
 
 
 class Child:

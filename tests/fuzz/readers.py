@@ -134,7 +134,7 @@ def _checkpoint_json(path: Path) -> None:
 def _index(path: Path) -> None:
     try:
         index = open_index(path)
-    except (RuntimeError, MemoryError) as error:  # open_dataset_index makes a sentence of these two
+    except (RuntimeError, MemoryError) as error:  # open_dataset_index gives these two a message
         raise ValueError(f"{path}: {error}") from error
     assert index.ntotal >= 0
 

@@ -1,4 +1,4 @@
-"""Whole files of each format, and known damaged ones."""
+"""Undamaged files of each format, and known damaged ones."""
 
 import bz2
 import gzip
@@ -30,7 +30,7 @@ LONG_NUMBER = b"9" * 5000
 
 @dataclass(frozen=True)
 class Format:
-    """A format: the name of the file, whole files of it, and the readers that must bear damaged ones."""
+    """A format: the name of its file, undamaged files, and the readers that must survive damaged ones."""
 
     name: str
     whole: tuple[bytes, ...]
@@ -138,7 +138,7 @@ _JSON_DAMAGE = (b"", b"null", b"[]", b"{}", b"1", b'"a"', b"\xff", b"\xef\xbb\xb
 
 
 def _variants(document: Any) -> tuple[bytes, ...]:
-    """The document with each of its values of another kind, or missing."""
+    """Copies of the document in which one value has another type or is missing."""
     if isinstance(document, list):
         return tuple(b"[" + variant + b"]" for variant in _variants(document[0]))
     variants = []

@@ -57,7 +57,7 @@ def _unsealed(path: Path, place: str) -> _Shards:
 
 
 def _show(root: str) -> None:
-    """Everything that shows the state of a root."""
+    """Run every command that shows the state of a root."""
     states = status.read_status(root)
     status.status_table(root, states)
     rows = [watch._stage_row(state) for state in states if state["state"] != "absent"]

@@ -1,4 +1,4 @@
-"""The show on one machine: real servers, a cluster, processes that are killed."""
+"""infra/local.sh on this machine: real servers, a cluster, killed processes."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Code that older Pythons accept and newer ones do not is found on every version."""
+"""Code that only older Pythons accept is found on every version."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def _names_of(body: list[ast.stmt]) -> set[str]:
-    """Names that the body of a class gives a value."""
+    """Names that the body of a class assigns."""
     names = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
     names |= {node.target.id for node in body
               if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value}

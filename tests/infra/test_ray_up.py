@@ -1,4 +1,4 @@
-"""The files of `ray up`: Ray's own check, what it asks of EC2, and what comes before `ray start`."""
+"""The files of `ray up`: Ray's own check, its requests to EC2, and the commands before `ray start`."""
 
 import copy
 from typing import Any

@@ -56,7 +56,7 @@ while not client.get_job_status(job).is_terminal():
     time.sleep(1)
 print(client.get_job_status(job).value, client.get_job_logs(job))
 print(sorted(os.listdir("/tmp/root/datasets/colors/v1/shards")), flush=True)
-os._exit(0)  # what Ray started ends with the first process
+os._exit(0)  # the processes of Ray end with the first process
 """
 
 

@@ -1,4 +1,4 @@
-"""`make setup`: which Python it takes, which it refuses, and when it makes .venv again."""
+"""`make setup`: the Pythons that it accepts and refuses, and the cases in which it makes .venv again."""
 
 import os
 import re
@@ -119,7 +119,7 @@ def test_an_explicit_python_wins_and_is_checked(machine: Machine) -> None:
         assert ("is Python 3.10. hint: leave PYTHON out" in result.stderr) == (version == "3.10")
     assert machine.version() == "3.14"
     assert machine.setup("PYTHON=python3.99").stderr.startswith(f"{LINE}there is no python3.99. hint: leave PYTHON out")
-    assert machine.setup().returncode == 0 and machine.version() == "3.14"  # a .venv that can stay does
+    assert machine.setup().returncode == 0 and machine.version() == "3.14"  # a usable .venv stays
 
 
 def test_setup_repeats_nothing_and_installs_a_changed_lock(machine: Machine) -> None:
@@ -147,7 +147,7 @@ def test_pip_replaces_a_failing_uv_and_a_failed_install_is_resumed(machine: Mach
     assert machine.setup().returncode != 0
     result = machine.setup()
     assert "the packages could not be installed. hint: " in result.stderr
-    assert result.returncode != 0  # not taken for complete
+    assert result.returncode != 0  # does not count as complete
     (machine.broken / "pip").unlink()
     assert machine.setup().returncode == 0 and machine.setup().stderr == ""
 

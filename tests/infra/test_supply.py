@@ -116,7 +116,7 @@ def test_the_table_of_licenses_is_not_stale_and_has_every_pin(tmp_path: Path) ->
     text = (REPOSITORY / "docs/reference/licenses.md").read_text()
     rows = re.findall(r"^\| (\S+) \| (\S+) \| ([^|]+) \| (?:everywhere|GPU)", text, re.M)
     assert [row[:2] for row in rows] == [(pin.name, str(pin.specifier).removeprefix("==")) for pin in (*LOCK, *GPU)]
-    # Licenses that ask for more than a notice, or are not open: each new one is a decision.
+    # Licenses that require more than a notice, or are not open: each new one is a decision.
     special = {row[0] for row in rows if not re.search(r"MIT|Apache|BSD|PSF", row[2])}
     special = {name for name in special if not name.startswith(("nvidia-", "cuda-"))}
     assert special == {"certifi", "hypothesis", "pathspec"}

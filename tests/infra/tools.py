@@ -1,4 +1,4 @@
-"""Tools that have an environment of their own, which infra/tools.sh makes."""
+"""Tools in separate environments, which infra/tools.sh makes."""
 
 import functools
 import os

@@ -33,7 +33,7 @@ def test_datasets_are_listed_with_their_counts(trained_root: Path) -> None:
                for entry in listed)
 
 
-def test_a_search_finds_what_the_verb_finds(trained_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_gives_the_results_of_the_verb(trained_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     matches = open_root(str(trained_root)).search("flat", "a red square", count=4)
     assert main(["search", "flat", "a red square", "--count", "4", "--json", "--root", str(trained_root)]) == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -116,8 +116,8 @@ def seal_again(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("first", "newer"), [(b"IwZZ", True), (b"IwZZ", False), (b"\0" * 64, False)])
-def test_an_index_that_this_faiss_cannot_read_is_named_with_a_way_out(root: Path, first: bytes, newer: bool,
-                                                                     capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_index_unreadable_for_this_faiss_has_a_hint(root: Path, first: bytes, newer: bool,
+                                                       capfd: pytest.CaptureFixture[str]) -> None:
     path = root / "datasets/art/v1/index/knn.index"
     data = path.read_bytes()
     path.write_bytes(first + data[len(first):])

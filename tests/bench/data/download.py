@@ -32,7 +32,7 @@ from harness import Failed, Usage, environment, machine, measure, versions
 
 PEER = "img2dataset==1.47.0"
 SIZE, QUALITY, PER_SHARD, PROCESSES = 256, 95, 1000, 2
-CONNECTIONS = 48  # a server next door needs few; the default is for the web
+CONNECTIONS = 48  # a local server needs few; the default is for the web
 _THREADS = (16, 32, 64, 128, 256)
 
 

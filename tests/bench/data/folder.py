@@ -43,7 +43,7 @@ class Result:
 
 
 def _whole_way(paths: list[Path]) -> int:
-    """Read, decode, resize, encode; the bytes of all."""
+    """Read, decode, resize and encode. The bytes of all images."""
     total = 0
     for path in paths:
         picture = decode(path.read_bytes(), _MAX_PIXELS, at_least=SIZE, how="keep_ratio")
@@ -56,7 +56,7 @@ def _decode_alone(paths: list[Path]) -> int:
 
 
 def _run_bare_loop(folder: Path, processes: int, whole_way: bool) -> None:
-    """The loop in so many processes; prints the seconds, without what it takes to start them."""
+    """Run the loop in several processes. Prints the seconds without the start of the processes."""
     paths, work = sorted(folder.glob("*.jpg")), _whole_way if whole_way else _decode_alone
     with ProcessPoolExecutor(processes) as pool:
         parts = [paths[first::processes] for first in range(processes)]
@@ -93,7 +93,7 @@ def table(results: list[Result]) -> str:
     speeds = {name: [result.pictures / result.work_s for result in runs[name]] for name in names}
 
     def speed_ratio(name: str, other: str) -> str:
-        # Turn by turn: what else the machine does comes and goes.
+        # Ratios are taken turn by turn, because other load on the machine changes.
         return f"{statistics.median(a / b for a, b in zip(speeds[name], speeds[other], strict=True)):.2f}"
 
     rows = [["", "images/s without start-up", "to the bare loop in 2 processes", "to decoding alone in 2",

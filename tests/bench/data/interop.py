@@ -1,4 +1,4 @@
-"""Whether others read what this project writes, and this project what others write: with the others themselves.
+"""Other programs read the files of this project, and this project reads theirs: with the real programs.
 
     python tests/bench/data/interop.py [--work FOLDER]
 
@@ -71,12 +71,12 @@ class Checks:
 
     @property
     def faults(self) -> int:
-        """How many differ."""
+        """The number of differences."""
         return sum(not good for *_, good in self.rows)
 
 
 def _run(command: list[str]) -> tuple[str, str]:
-    """stdout of a command, and "exit 0" or how it ended."""
+    """The output of a command, and "exit 0" or its failure."""
     settings = os.environ | {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1", "RAY_USAGE_STATS_ENABLED": "0",
                              "WANDB_MODE": "disabled", "NO_ALBUMENTATIONS_UPDATE": "1", "CUDA_VISIBLE_DEVICES": ""}
     settings.pop("RAY_ADDRESS", None)
@@ -88,7 +88,7 @@ def _run(command: list[str]) -> tuple[str, str]:
 
 
 def _stage(checks: Checks, what: str, samples: int | None, *arguments: str) -> None:
-    """Run a verb of this project in one process; it is to end well, and to tell so many samples."""
+    """Run a verb of this project in one process. It must succeed and report the number of samples."""
     stdout, ended = _run([sys.executable, "-m", "jobs", *arguments, *(["--local"] if samples is not None else [])])
     if ended != "exit 0" or samples is None:
         checks.equal(what, "exit 0", ended)
@@ -103,7 +103,7 @@ def _keys(folder: Path) -> list[str]:
 
 
 def adopted(checks: Checks, python: Path, work: Path, source: Path) -> None:
-    """A folder of img2dataset's through the stages here."""
+    """Run the stages on a folder of img2dataset."""
     folder, root = work / "interop-peer", str(work / "interop-adopted")
     for old in (folder, root):
         shutil.rmtree(old, ignore_errors=True)
@@ -122,7 +122,7 @@ def adopted(checks: Checks, python: Path, work: Path, source: Path) -> None:
 
 
 def read_by_others(checks: Checks, work: Path, source: Path, web: server.Running) -> None:
-    """Tars of the shard stage, read by others."""
+    """Other programs read the tars of the shard stage."""
     root = work / "interop-ours"
     shutil.rmtree(root, ignore_errors=True)
     _stage(checks, "shard of the same list", _URLS - _MISSING, "shard", "ours", "--source", str(source), "--root",
@@ -144,7 +144,7 @@ def read_by_others(checks: Checks, work: Path, source: Path, web: server.Running
 
 
 def laion(checks: Checks, work: Path, web: server.Running) -> None:
-    """A list with LAION's columns, no flag but where it is and where the images may come from."""
+    """A list with LAION's columns, without flags but its path and the allowed host."""
     source, root, count = work / "laion.parquet", work / "interop-laion", 100
     shutil.rmtree(root, ignore_errors=True)
     texts = [f"photograph {number}, as the web describes it" for number in range(count)]

@@ -50,7 +50,7 @@ class Result:
 
 
 def make_dataset(work: Path, count: int) -> Path:
-    """A root with so many images under the name `photos`, and their neighbors among themselves."""
+    """A root with the dataset `photos` of the images, and their neighbors among themselves."""
     root = work / f"loader-{count}"
     for verb in (["shard", "photos", "--source", str(photographs.fill_folder(work, count)), "--image-size", str(_SIZE),
                   "--resize", "center_crop", "--format", "jpg", "--samples-per-shard", str(-(-count // _TARS))],
@@ -98,7 +98,7 @@ def loader(root: Path, batch: int, decoder: str) -> Run:
 
 
 def ours(root: Path, batch: int, threads: int, kept: bool) -> Run:
-    """One epoch of Batches; `kept`: the second one, of which everything was decoded in the first."""
+    """One epoch of Batches. `kept`: the second epoch, whose images the first one decoded."""
     from pipeline.batches.batches import Batches
     from pipeline.datasets.dataset import Dataset
     photos = Dataset.parse(str(root), "photos")
@@ -142,7 +142,7 @@ def table(results: list[Result]) -> str:
     runs = {name: [result for result in results if result.who == name] for name in names}
 
     def speed_ratio(name: str, other: str) -> str:
-        # Turn by turn: what else the machine does comes and goes.
+        # Ratios are taken turn by turn, because other load on the machine changes.
         pairs = zip(runs[name], runs[other], strict=True)
         return f"{statistics.median(result.pictures_s / baseline.pictures_s for result, baseline in pairs):.2f}"
 
@@ -181,7 +181,7 @@ def main() -> int:
     print(f"{args.images} images, batches of {args.batch}, {args.repeats} runs each in turns; {machine()}; "
           f"{versions()}\n")
     print(table(results))
-    # An epoch's last batch is make_folder from the next epoch, so it is left out.
+    # The last batch of an epoch also has rows of the next epoch, so it does not count.
     incomplete = [result for result in results if result.pictures < args.images - args.batch + 1]
     if incomplete:
         print(f"\nincomplete: {incomplete}")

@@ -32,11 +32,11 @@ from pipeline.versions.source_diff import Hashes, SourceDiff
 from pipeline.versions.update_shards import Update
 
 _SHARD_ROWS = 1000
-_CHANGED = 1000  # one row in so many
+_CHANGED = 1000  # one row in this number changed
 
 
 def write_source(path: Path, rows: int, night: int) -> ShardConfig:
-    """A list of URLs as it is on a night."""
+    """The list of URLs of one night."""
     with path.open("w") as file:
         for number in range(rows):
             caption = f"an image of subject {number % 977}" + (f", night {night}" if number % _CHANGED == night else "")
@@ -88,7 +88,7 @@ def make(folder: Path, rows: int) -> None:
 
 def plan(folder: Path) -> None:
     """Plan the next version; print seconds and memory."""
-    def memory() -> float:  # of this process alone, which `resource` does not tell after a fork
+    def memory() -> float:  # of this process alone; after a fork `resource` counts the parent too
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(lines["VmHWM"].split()[0]) / 1024
     config, before_all = ShardConfig(source=(str(folder / "list.jsonl"),)), memory()

@@ -35,7 +35,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Case:
-    """One filter, as each program takes it."""
+    """One filter, in the form of each program."""
 
     name: str
     where: str
@@ -63,7 +63,7 @@ CASES = {case.name: case for case in (
 
 
 def write_list(path: Path, rows: int) -> None:
-    """A list as LAION's: some values are missing, or NaN."""
+    """A list like LAION's: some values are missing, or NaN."""
     random = np.random.default_rng(_SEED)
     hidden = path.with_suffix(".part")
     writer = None

@@ -27,7 +27,7 @@ LISTED = 1000  # names that an object store lists in one answer
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """The sizes of all measurements."""
 
     rows: int = 10_000_000
     few: int = 10_000

@@ -101,7 +101,7 @@ class Trivial(Stage):
 
 
 def driver(work: Path, items: int, workers: int) -> dict[str, Any]:
-    """Trivial items, in process (0 workers) or on so many nodes of one worker each."""
+    """Trivial items, in process (0 workers) or on `workers` nodes of one worker each."""
     with _folder(work) as root, _pool(workers) as runner:
         run_stage(Trivial(str(root), 20 * max(workers, 1)), runner)  # the workers are up
         before, cpu, begun = memory()["VmRSS"], time.process_time(), time.perf_counter()
@@ -170,7 +170,7 @@ def lists(work: Path, items: int) -> dict[str, Any]:
 
 
 def resume(work: Path, items: int, how: str) -> dict[str, Any]:
-    """The records of so many items that are there, from packs or from a file each."""
+    """Load the records of many items, from packs or from one file each."""
     with _folder(work) as root:
         stage = Trivial(str(root), items)
         ids = item_ids(prepare(stage))
@@ -192,7 +192,7 @@ def resume(work: Path, items: int, how: str) -> dict[str, Any]:
 
 
 def _item(number: int) -> Item:
-    """An item as a list in parquet gives it."""
+    """An item of a list in parquet."""
     first = number * ROWS_PER_SHARD
     return Item(f"{number:06d}", {"spans": [["s3://bucket/laion/part-00000-5114fd87-297e-42b0-9d11.snappy.parquet",
                                              first, first, first + ROWS_PER_SHARD]],
@@ -200,7 +200,7 @@ def _item(number: int) -> Item:
 
 
 def _record(item: str, fingerprint: str) -> dict[str, Any]:
-    """A record as a shard of a list has it: three files, some reasons."""
+    """A record of a shard of a list: three files, some reasons."""
     number = int(item)
     return {"id": item, "plan": fingerprint, "samples": 8000 + number % 1000, "info": {"rows": ROWS_PER_SHARD},
             "files": [{"name": name, "bytes": 200_000_000 + number, "sha256": hashlib.sha256(name.encode()).hexdigest()}

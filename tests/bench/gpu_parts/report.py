@@ -53,7 +53,7 @@ class Report:
         self._add(Row(self.part, name, "FIGURE", value, unit, "", note))
 
     def speed(self, name: str, value: float, gate: str, unit: str = "", note: str = "") -> None:
-        """Add a figure whose gate is for a GPU: on a CPU it is a figure alone."""
+        """Add a figure whose gate holds on a GPU only: on a CPU the figure has no gate."""
         if self.small:
             self.figure(name, value, unit, note)
         else:
@@ -138,7 +138,7 @@ def products_per_second(device: torch.device, dtype: torch.dtype, side: int) -> 
 
 
 def synchronizations(call: Callable[[], object], device: torch.device) -> list[str]:
-    """Places where a call made the host wait for the GPU: the texts of the warnings of torch."""
+    """Code lines at which a call made the host wait for the GPU: the texts of the warnings of torch."""
     if device.type != "cuda":
         return []
     torch.cuda.set_sync_debug_mode("warn")
@@ -153,5 +153,5 @@ def synchronizations(call: Callable[[], object], device: torch.device) -> list[s
 
 
 def lines_by_count(places: list[str]) -> str:
-    """Places such as search.py:120 with how often each occurs."""
+    """Code lines such as search.py:120 with their counts."""
     return ", ".join(f"{place} x{places.count(place)}" for place in sorted(set(places), key=places.count)[::-1][:5])

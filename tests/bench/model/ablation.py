@@ -101,7 +101,7 @@ def main() -> int:
         os.environ.setdefault("WANDB_MODE", "disabled")
         for name in ("train", "heldout"):  # what --own caption reads
             _run_verb("embed", name, "--captions", "--root", str(root))
-        for seed in range(args.base_seeds):  # first, for without their spread the others mean nothing
+        for seed in range(args.base_seeds):  # first, because the others need their spread
             _run(root, "base", seed, args.steps, args.prompts)
         for seed in range(args.seeds):
             for name in RUNS:
@@ -134,7 +134,7 @@ def _run(root: Path, name: str, seed: int, steps: int, prompts: int) -> None:
 
 
 def _share_judges(root: Path, run: Run) -> None:
-    """Judges know nothing of a run but its images' size: those that there are for these databases do for all."""
+    """A style classifier depends on a run only by its image size, so one for these databases serves all runs."""
     databases = [Dataset.parse(str(root), style) for style in sorted(STYLES)]
     judging = StyleClassifierStage(run, Dataset.parse(str(root), "train"), databases, emoji_32().evaluate.judge_steps)
     own_folder = storage.local_path(judging.folder)

@@ -125,7 +125,7 @@ def _run_bare_pass(model: str, weights: str, precision: str, pictures: int) -> N
             encoder.model.encode_image(batch)
 
     def timed(inputs: list[torch.Tensor], threads: int) -> tuple[float, float]:
-        """Seconds and CPU seconds of so many threads, each with a share of those of torch."""
+        """Seconds and CPU seconds of several threads, each with a share of the threads of torch."""
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(cores // threads,)) as pool:
             list(pool.map(encode, inputs[:threads]))
             begin, used = time.perf_counter(), time.process_time()
@@ -161,7 +161,7 @@ def ours(root: Path, model: str, weights: str, precision: str) -> Result:
 
 
 def peer(python: Path, root: Path, out: Path, model: str, weights: str, config: str, workers: int) -> Result:
-    """clip-retrieval's inference over the same tars; it needs one at least for each loading process."""
+    """clip-retrieval's inference over the same tars. It needs at least one tar for each loading process."""
     shutil.rmtree(out, ignore_errors=True)
     tars = sorted((root / "datasets/photos/v1/shards").glob("*.tar"))
     brace = str(tars[0].parent / f"{{000000..{len(tars) - 1:06d}}}.tar")

@@ -43,7 +43,7 @@ _NAME = "bench"
 
 @dataclass
 class Result:
-    """One build, and what its index finds."""
+    """One build, and the recall of its index."""
 
     who: str
     wall_s: float

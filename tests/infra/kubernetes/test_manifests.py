@@ -58,7 +58,7 @@ def test_every_job_follows_its_schema(rayjobs: list[Document]) -> None:
     ("spec.workerGroupSpec", []), ("spec.authOptions.mode", "tokens"), ("spec.autoscalerOptions.version", "v3"),
     ("spec.headGroupSpec.rayStartParams.num-cpus", 0), ("spec.headGroupSpec.template.spec.container", []),
     ("spec.headGroupSpec.template.spec.securityContext.runAsUser", "ubuntu")])
-def test_what_is_wrong_is_found(path: str, value: Any) -> None:
+def test_faults_of_a_manifest_are_found(path: str, value: Any) -> None:
     cluster = yaml.safe_load((INFRA / "kubernetes/base/cluster.yaml").read_text())
     manifests.check_schema(cluster)
     node = cluster

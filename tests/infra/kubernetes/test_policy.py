@@ -1,4 +1,4 @@
-"""`make policy`: infra/ passes checkov with the named exceptions, and what an attacker would like does not."""
+"""`make policy`: infra/ passes checkov with the named exceptions, and unsafe manifests do not."""
 
 import copy
 import subprocess
@@ -32,7 +32,7 @@ def test_every_exception_has_a_reason() -> None:
     assert not [pattern for each in exceptions for pattern in each["resources"] if pattern.startswith("*")]
 
 
-def test_what_is_wrong_is_found(tmp_path: Path) -> None:
+def test_unsafe_manifests_are_found(tmp_path: Path) -> None:
     cluster = yaml.safe_load((INFRA / "kubernetes/base/cluster.yaml").read_text())
 
     def worker(name: str, **changes: Any) -> None:

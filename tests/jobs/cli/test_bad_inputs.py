@@ -89,8 +89,7 @@ def test_a_root_that_is_a_file_is_refused(verb: str, place: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("verb", sorted(_MAKES | _SHOWS_AN_EMPTY_ROOT))
-def test_verbs_that_make_a_root_make_none_in_a_dry_run(verb: str, place: Path,
-                                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_makes_no_root(verb: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dry_run = ["--dry-run"] if verb in _MAKES else []
     _refused(place, verb, [*_words(place, verb, "noto", "absent"), *dry_run], capsys, code=0)
 

@@ -35,7 +35,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=["table", "json"])
-def test_status_imports_only_what_reads_records(more: list[str], tmp_path: Path) -> None:
+def test_status_imports_only_readers_of_records(more: list[str], tmp_path: Path) -> None:
     (tmp_path / "datasets/some/v1/shards").mkdir(parents=True)
     printed, loaded = heavy_modules("status", "--root", str(tmp_path), *more)
     assert "datasets/some/v1/shards" in printed and loaded <= {"numpy", "pyarrow"}

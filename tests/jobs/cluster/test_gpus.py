@@ -213,8 +213,8 @@ def test_a_missing_gpu_leaves_no_plan(root: str) -> None:
         assert sorted(Path(root).rglob("*")) == before
 
 
-def test_the_environment_names_the_device_where_no_flag_does(root: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
-                                                             ) -> None:
+def test_the_environment_names_the_device_without_a_flag(root: str, monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: Any ) -> None:
     monkeypatch.setenv("RDM_DEVICE", "banana")
     assert main(_commands(root)["embed"]) == 2 and "RDM_DEVICE = 'banana'" in capsys.readouterr().err
     assert main([*_commands(root)["embed"], "--gpus", "0"]) == 0

@@ -75,7 +75,7 @@ def test_failures_of_devices_that_never_worked_do_not_count_against_an_item() ->
     assert blame.fits(make_worker(3), item, item.broke) and not blame.fits(make_worker(3, finished=0), item, item.broke)
 
 
-def test_an_item_that_breaks_devices_which_worked_fails_and_their_places_stay() -> None:
+def test_an_item_that_breaks_working_devices_fails_and_their_places_stay() -> None:
     blame, item = Blame(4), make_task(0)
     for _ in range(TRIES):
         assert not blame.hopeless(item)

@@ -120,7 +120,7 @@ def test_only_the_requested_ways_are_generated(root: Path, capsys: pytest.Captur
 
 
 @pytest.mark.slow
-def test_neither_the_number_of_workers_nor_a_second_run_changes_anything(root: Path, cluster) -> None:
+def test_the_result_depends_on_neither_workers_nor_repetition(root: Path, cluster) -> None:
     assert _evaluate(root, "--name", "one") == 0
     ray = ["evaluate", "small", *[word for name in STYLES for word in ("--database", name)], "--root", str(root), *FEW]
     assert main([*ray, "--name", "two"]) == 0

@@ -132,7 +132,7 @@ def test_show_prints_everything_about_a_row(root: str, tmp_path: Path, capsys: p
     assert sample.caption in row_text(document)
 
 
-def test_hidden_and_forgotten_rows_are_shown_as_such(root: str, tmp_path: Path) -> None:
+def test_hidden_and_forgotten_rows_are_marked(root: str, tmp_path: Path) -> None:
     dataset = Dataset(root, "flat")
     keys = [sample.key for sample in lookup.samples(dataset, [0, 1, 2])]
     (tmp_path / "keys").write_text(keys[0])

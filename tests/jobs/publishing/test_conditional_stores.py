@@ -101,7 +101,7 @@ def test_a_store_may_omit_the_failed_condition(other_store: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("other_store", [(True, True)], indirect=True)
-def test_a_swap_whose_answer_is_lost_has_succeeded(other_store: str) -> None:
+def test_a_swap_with_a_lost_answer_has_succeeded(other_store: str) -> None:
     document = {"version": "v1", "takedowns": 0}
     storage.put_json(document, f"{other_store}/datasets/x/current.json")
     current = Published(other_store, "x", storage.json_bytes(document), document)

@@ -58,7 +58,7 @@ def test_a_version_that_is_built_is_not_removed(place: Path) -> None:
     assert len(vectors_by_content(published_dataset(place / "root"))) == 73
 
 
-def test_the_base_of_a_rebuild_is_not_removed_though_another_version_is_published(place: Path) -> None:
+def test_the_base_of_a_rebuild_is_not_removed_after_another_publication(place: Path) -> None:
     paint(place / "source" / "added.png", 1)
     late = make_rebuild(place / "root", place / "source")
     reasons: dict[str, str] = {}

@@ -329,7 +329,7 @@ def test_rollback_and_repair_sign(signed: Path, keys: Path, capsys: pytest.Captu
     assert repair(root, NAME)["pointer"] == "in order"  # which needs no key
 
 
-def test_repair_restores_only_what_was_signed(signed: Path, keys: Path) -> None:
+def test_repair_restores_only_signed_versions(signed: Path, keys: Path) -> None:
     root = str(signed / "root")
     document = json.loads(pointer(signed).read_bytes())
     del document["signature"]

@@ -63,7 +63,7 @@ def test_style_is_a_rebuild_and_its_repetition_the_next_version(
 
 
 @pytest.mark.slow
-def test_words_alone_are_sampled_with_the_bundled_model(
+def test_prompts_alone_are_sampled_with_the_bundled_model(
         tmp_path: Path, source: Path, run: Callable[..., tuple[dict, str]], capsys: pytest.CaptureFixture[str]) -> None:
     root = str(tmp_path / "root")
     run("style", "mine", "--source", str(source), "--root", root)

@@ -51,7 +51,7 @@ def test_gc_removes_an_unreadable_version(second: Path, capsys: pytest.CaptureFi
     assert main(["verify", "--only", f"datasets/{NAME}/v2", "--root", root]) == 0
 
 
-def test_verify_names_the_way_back(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_names_the_command_that_restores(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = str(second / "root")
     next((second / "root/datasets" / NAME / "v2/index").glob("knn.index")).write_bytes(b"")
     assert main(["verify", "--root", root]) == 1

@@ -370,7 +370,7 @@ def test_a_missing_first_stage_has_a_hint(root: Path, tmp_path: Path, capsys) ->
 
 
 @pytest.mark.slow
-def test_latents_do_not_depend_on_who_computes_them(root: Path, autoencoder: Path, tmp_path: Path) -> None:
+def test_latents_do_not_depend_on_the_workers(root: Path, autoencoder: Path, tmp_path: Path) -> None:
     dataset = Dataset.parse(str(root), "drawn")
     local_manifest = run_stage(latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder))))
     shutil.copytree(root, tmp_path / "other")

@@ -225,7 +225,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(root: Path,
 
 
 @pytest.mark.slow
-def test_validation_tells_whether_neighbours_are_used_and_changes_nothing(root: Path) -> None:
+def test_validation_measures_the_use_of_neighbors_and_changes_nothing(root: Path) -> None:
     dataset = Dataset.parse(str(root), "drawn")
     config = _config(steps=24, lr=2e-3, validate_every=12)
     for name, validation in (("with", dataset), ("without", None)):

@@ -42,7 +42,7 @@ def kill_at(template: Place, folder: Path, verb: str, number: int, bucket: str =
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_killed_before_some_writes(template: Place, tmp_path: Path, verb: str) -> None:
+def test_a_kill_before_some_writes_keeps_the_laws(template: Place, tmp_path: Path, verb: str) -> None:
     writes = count_writes(template, tmp_path / "whole", verb)
     assert writes > 5
     for number in (writes * 2 // 3,) if verb in STAGES else (1, writes // 2, writes - 2):
@@ -53,7 +53,7 @@ def test_killed_before_some_writes(template: Place, tmp_path: Path, verb: str) -
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("verb", VERBS)
-def test_killed_on_s3(template: Place, tmp_path: Path, s3: str, verb: str) -> None:
+def test_a_kill_on_s3_keeps_the_laws(template: Place, tmp_path: Path, s3: str, verb: str) -> None:
     """A spread of eight writes. RDM_SWEEP_STRIDE=1 kills before every one."""
     writes = count_writes(template, tmp_path / "whole", verb, s3)
     sweep(lambda number: kill_at(template, tmp_path / str(number), verb, number, s3), stride=max(writes // 8, 1))
@@ -62,6 +62,6 @@ def test_killed_on_s3(template: Place, tmp_path: Path, s3: str, verb: str) -> No
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("verb", VERBS)
-def test_killed_before_every_write(template: Place, tmp_path: Path, verb: str) -> None:
+def test_a_kill_before_any_write_keeps_the_laws(template: Place, tmp_path: Path, verb: str) -> None:
     """RDM_SWEEP_STRIDE=3 kills before every third write only."""
     sweep(lambda number: kill_at(template, tmp_path / str(number), verb, number))

@@ -49,7 +49,7 @@ def race(template: Place, folder: Path, verbs: tuple[str, str], number: int, buc
 
 
 @pytest.mark.parametrize("verbs", _FAST, ids="-".join)
-def test_paused_before_a_write(template: Place, tmp_path: Path, verbs: tuple[str, str]) -> None:
+def test_a_pause_before_some_writes_keeps_the_laws(template: Place, tmp_path: Path, verbs: tuple[str, str]) -> None:
     writes = count_writes(template, tmp_path / "alone", verbs[0])
     # Each pair has another number, so that together they are a spread.
     number = (_PAIRS.index(verbs) * 7 + 3) % (writes - 1)
@@ -57,15 +57,15 @@ def test_paused_before_a_write(template: Place, tmp_path: Path, verbs: tuple[str
 
 
 @pytest.mark.parametrize(("first", "second", "number"), _FAST_ON_S3)
-def test_paused_before_a_write_on_s3(template: Place, tmp_path: Path, s3: str, first: str, second: str, number: int
-                                     ) -> None:
+def test_a_pause_before_a_write_on_s3_keeps_the_laws(template: Place, tmp_path: Path, s3: str, first: str, second: str,
+                                                     number: int ) -> None:
     assert race(template, tmp_path / "place", (first, second), number, s3)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("verbs", _PAIRS, ids="-".join)
-def test_paused_before_every_write(template: Place, tmp_path: Path, verbs: tuple[str, str]) -> None:
+def test_a_pause_before_any_write_keeps_the_laws(template: Place, tmp_path: Path, verbs: tuple[str, str]) -> None:
     """RDM_SWEEP_STRIDE=3 pauses before every third write only."""
     sweep(lambda number: race(template, tmp_path / str(number), verbs, number))
 
@@ -73,7 +73,7 @@ def test_paused_before_every_write(template: Place, tmp_path: Path, verbs: tuple
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("verbs", [*itertools.product(PUBLISHING, repeat=2)], ids="-".join)
-def test_paused_on_s3(template: Place, tmp_path: Path, s3: str, verbs: tuple[str, str]) -> None:
+def test_a_pause_on_s3_keeps_the_laws(template: Place, tmp_path: Path, s3: str, verbs: tuple[str, str]) -> None:
     """A spread of six writes. RDM_SWEEP_STRIDE=1 pauses before every one."""
     writes = count_writes(template, tmp_path / "alone", verbs[0], s3)
     sweep(lambda number: race(template, tmp_path / str(number), verbs, number, s3), stride=max(writes // 6, 1))

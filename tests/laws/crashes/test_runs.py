@@ -45,7 +45,7 @@ def kill_at(finished: Place, folder: Path, verb: str, number: int, expected: dic
 
 
 @pytest.mark.parametrize("verb", RUNS)
-def test_killed_before_every_write(finished: Place, tmp_path: Path, verb: str) -> None:
+def test_a_kill_before_any_write_keeps_the_laws(finished: Place, tmp_path: Path, verb: str) -> None:
     """RDM_SWEEP_STRIDE=3 kills before every third write only."""
     whole = copy_place(finished, tmp_path / "whole")
     whole.run(whole.arguments(verb))
@@ -55,7 +55,7 @@ def test_killed_before_every_write(finished: Place, tmp_path: Path, verb: str) -
 
 
 @pytest.mark.parametrize("verb", RUNS)
-def test_killed_on_s3(finished: Place, tmp_path: Path, s3: str, verb: str) -> None:
+def test_a_kill_on_s3_keeps_the_laws(finished: Place, tmp_path: Path, s3: str, verb: str) -> None:
     """A spread of four writes. RDM_SWEEP_STRIDE=1 kills before every one."""
     writes = count_writes(finished, tmp_path / "whole", verb, s3)
     sweep(lambda number: kill_at(finished, tmp_path / str(number), verb, number, {}, s3), stride=max(writes // 4, 1))

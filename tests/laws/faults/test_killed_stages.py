@@ -61,14 +61,14 @@ def killed_at_every_point(make, root) -> int:
         assert lasting_files(stage.folder) == expected, f"killed at {point}, sealed {sealed}"
 
 
-def test_killed_anywhere_and_run_again_is_the_same_folder(tmp_path):
+def test_a_stage_killed_anywhere_resumes_to_the_same_folder(tmp_path):
     # Two writes of the lease, 6 lists, the plan, 13 files of items, 6 records, the file of all and the manifest,
     # before and after. Files of items come from scratch by a name that is hidden at first.
     assert killed_at_every_point(Count, tmp_path) == 2 * (2 + 6 + 1 + 2 * 13 + 6 + 1 + 1)
 
 
 @pytest.mark.slow
-def test_sharding_killed_anywhere_and_run_again_is_the_same_folder(tmp_path):
+def test_sharding_killed_anywhere_resumes_to_the_same_folder(tmp_path):
     from pipeline.shards.shard import Shard
     from pipeline.sources.config import ShardConfig
     source = synthetic.drawings(tmp_path / "pictures", subjects=2, size=8)
@@ -79,7 +79,7 @@ def test_sharding_killed_anywhere_and_run_again_is_the_same_folder(tmp_path):
     assert killed_at_every_point(make, tmp_path) > 20
 
 
-def test_killed_at_any_time_and_run_again_is_the_same_folder(tmp_path):
+def test_a_stage_killed_at_any_time_resumes_to_the_same_folder(tmp_path):
     """The kill comes in the middle of a step, not between two steps."""
     expected = lasting_files(stage_folder(Count(tmp_path / "undisturbed")))
     for number in range(12):

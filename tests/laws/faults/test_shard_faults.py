@@ -71,7 +71,7 @@ def test_a_driver_killed_in_the_middle_of_a_shard_resumes(way: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_sigterm_stops_and_the_same_command_goes_on(tmp_path: Path, address: str, capsys: Any) -> None:
+def test_sigterm_stops_a_command_and_the_same_command_resumes(tmp_path: Path, address: str, capsys: Any) -> None:
     source = write_slow_list(tmp_path / "list.parquet", address, 200, 0.05)
     process = start_command(*arguments(tmp_path / "root", source, address, "--local"))
     now = wait_until(lambda: _last_progress(tmp_path / "root"), process)

@@ -96,7 +96,7 @@ def _exact(config, noise, level, last, mean, std):
 @pytest.mark.parametrize("prediction, sampler, steps, bound", [
     ("epsilon", "ddim", 100, 0.05), ("epsilon", "dpm++", 20, 0.01), ("v", "dpm++", 20, 0.01), ("x0", "dpm++", 10, 0.02),
     ("flow", "euler", 40, 0.05), ("flow", "ddim", 40, 0.05), ("flow", "heun", 40, 0.006)])
-def test_samplers_end_where_the_ideal_flow_does(prediction, sampler, steps, bound):
+def test_samplers_end_at_the_end_of_the_ideal_flow(prediction, sampler, steps, bound):
     config = DiffusionConfig(prediction=prediction)
     noise = initial_noise(3, range(4), (3, 16, 16))
     level = timesteps(config, sampler, steps)[0]

@@ -253,7 +253,7 @@ def test_a_saved_network_is_loaded_unchanged(tmp_path):
 
 
 @pytest.mark.slow
-def test_neighbours_help(tmp_path):
+def test_neighbors_reduce_the_loss(tmp_path):
     config = toy_run.config(steps=160, global_batch=16, log_every=40, p_uncond=0.0, lr=5e-3)
     losses = {}
     for shuffled in (False, True):

@@ -63,7 +63,7 @@ def test_the_first_stage_gives_the_outputs_of_the_published_code(autoencoder, io
     torch.testing.assert_close(autoencoder.decode(io["z"]), io["decoded"], rtol=0, atol=1e-4)
 
 
-def test_ten_steps_of_ddim_end_where_those_of_the_published_code_do(unet, io):
+def test_ten_steps_of_ddim_give_the_result_of_the_published_code(unet, io):
     from model.config import DiffusionConfig
     config = DiffusionConfig(beta_start=0.0015, beta_end=0.015)
     torch.testing.assert_close(alpha_bar(config), io["alphas_cumprod"], rtol=0, atol=1e-12)

@@ -305,7 +305,7 @@ def test_a_missing_archive_has_a_clear_message(tmp_path):
 
 @pytest.mark.network
 @pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
-def test_the_real_packages(tmp_path):
+def test_the_real_packages_are_read(tmp_path):
     emoji.fetch(tmp_path)
     catalog = emoji.catalog(tmp_path)
     count = Counter(picture.style for picture in catalog.pictures)

@@ -66,7 +66,7 @@ def test_single_urls_that_are_forbidden_pause_a_host_once(short_pauses):
     assert seconds < 8 and server.requests[HOSTS[0]] < 345
 
 
-def test_a_few_urls_of_which_half_are_forbidden_end_with_their_status(short_pauses):
+def test_few_urls_half_of_them_forbidden_end_with_their_status(short_pauses):
     """All requests are sent before the first answer, so no new request can tell a ban from single URLs."""
     with running(StrictServer({HOSTS[0]: 0})) as server:
         urls = server.urls(HOSTS[0], 12)

@@ -70,7 +70,7 @@ def check_adopted(dataset: Dataset, folder: Path, expected: Dataset) -> None:
     assert np.sort(own @ own.T, axis=1)[:, -2].max() < 0.998
 
 
-def test_an_export_is_adopted_back_whatever_its_keys_are(place, exported):
+def test_an_export_with_any_keys_is_adopted_back(place, exported):
     check_adopted(*place, exported)
 
 

@@ -117,7 +117,7 @@ def test_the_description_names_the_loaded_weights_of_several(tmp_path: Path) -> 
         assert torch.equal(loaded[name], tensor), name
 
 
-def test_a_worker_whose_folder_has_other_settings_is_refused(copied: Dataset, tmp_path: Path) -> None:
+def test_a_worker_with_other_settings_in_its_folder_is_refused(copied: Dataset, tmp_path: Path) -> None:
     """The weights are equal, but another mean would change the vectors."""
     shutil.rmtree(copied.folder("embeddings"))
     stage = Embed(copied, EmbedConfig(model=write_model(tmp_path / "model")))

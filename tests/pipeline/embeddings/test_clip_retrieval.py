@@ -1,4 +1,4 @@
-"""clip-retrieval's layout: what is written comes back, and what does not belong to the images is refused."""
+"""clip-retrieval's layout: an export is read back, and vectors of other images are refused."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ CONFIG = EmbedConfig(batch_size=16)
 
 @pytest.fixture
 def exported(copied: Dataset) -> Path:
-    """A copy of the dataset without embeddings, and these in clip-retrieval's layout in a folder of their own."""
+    """A copy of the dataset without embeddings, and a folder with its embeddings in clip-retrieval's layout."""
     run_stage(EmbedCaptions(copied, CONFIG))
     run_stage(Export(copied, CONFIG))
     moved = shutil.move(copied.folder("clip-retrieval"), Path(copied.root).parent / "theirs")

@@ -1,4 +1,4 @@
-"""Retrieval databases as CompVis writes them: each vector comes to its patch, and what does not match is refused."""
+"""Retrieval databases of CompVis: each vector is matched with its patch, and other vectors are refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +76,7 @@ NAMES: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("name", ["row", "file", "stem"])
 def test_each_vector_is_matched_with_its_patch(name: str, patched: Any, tmp_path: Path) -> None:
     source, vectors, rows = patched
-    order = np.random.default_rng(0).permutation(len(rows))  # theirs may be any
+    order = np.random.default_rng(0).permutation(len(rows))  # an archive has any order
     ids = np.array([NAMES[name](row) for row in rows])
     folder = archived(tmp_path / "theirs", 7 * vectors[order].astype(np.float32), ids[order], coordinates(rows)[order])
     dataset = sharded(tmp_path / "root", source, 2)

@@ -1,4 +1,4 @@
-"""The embed stage: vectors equal those of open_clip, and what does not match is refused."""
+"""The embed stage: vectors equal those of open_clip, and inputs that do not match are refused."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def pictures_of(dataset: Dataset) -> list[Image.Image]:
 
 
 def embedded_by_open_clip(pictures: list[Image.Image], **preprocessing) -> np.ndarray:
-    """By the steps of open_clip's own documentation."""
+    """The expected vectors follow the steps of open_clip's documentation."""
     open_clip.add_model_config(BUNDLED)
     model, _, preprocess = open_clip.create_model_and_transforms(
         "tiny-clip-64", pretrained=str(BUNDLED / "tiny_clip.safetensors"), **preprocessing)
@@ -59,7 +59,7 @@ def test_embeddings_are_those_of_open_clip_row_by_row(built):
     assert len(rows) == len(pictures) == 72
     cosine = (rows * embedded_by_open_clip(pictures)).sum(1)
     assert cosine.min() > 1 - 1e-3
-    # The comparison is sharp: one row further, or with other means, it fails.
+    # The comparison is sensitive: it fails for the next row, and for other means.
     assert (np.roll(rows, 1, axis=0) * rows).sum(1).min() < 0.9
     other = embedded_by_open_clip(pictures, image_mean=open_clip.OPENAI_DATASET_STD,
                                   image_std=open_clip.OPENAI_DATASET_MEAN)
@@ -71,7 +71,7 @@ def test_embeddings_are_those_of_open_clip_row_by_row(built):
 @pytest.mark.parametrize(("width", "height"), [(256, 256), (341, 256), (256, 341), (64, 64), (64, 97), (31, 50),
                                                (1000, 99), (640, 427)])
 def test_images_are_preprocessed_as_in_open_clip(width, height, mode, interpolation):
-    """Level for level but for the rounding of two libraries; a crop one pixel further is off by ten times as much."""
+    """Levels differ only by the rounding of two libraries. A crop one pixel further differs ten times as much."""
     preprocessing = open_clip.transform.PreprocessCfg(size=64, interpolation=interpolation, resize_mode=mode)
     encoder = replace(clip.load_encoder(ClipConfig()),
                       prepare=open_clip.transform.image_transform_v2(preprocessing, is_train=False),
@@ -90,7 +90,7 @@ def test_images_are_preprocessed_as_in_open_clip(width, height, mode, interpolat
 
 
 def test_a_dozen_photographs_have_the_vectors_of_open_clip(tmp_path):
-    """From JPEGs of many shapes and kinds on: what open_clip's documented steps give, to 1e-3 in cosine."""
+    """For JPEGs of many shapes and kinds the cosine to the steps of open_clip's documentation is at least 0.999."""
     shapes = [(300, 200), (200, 300), (256, 256), (500, 256), (256, 700), (64, 64), (90, 64), (640, 480), (65, 66),
               (128, 512), (333, 222), (257, 301)]
     kinds = [{}, {"quality": 60}, {"progressive": True}, {"subsampling": 0}, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0"}]
@@ -101,7 +101,7 @@ def test_a_dozen_photographs_have_the_vectors_of_open_clip(tmp_path):
     theirs = embedded_by_open_clip([Image.open(io.BytesIO(jpeg)).convert("RGB") for jpeg in data])
     assert (ours * theirs).sum(1).min() > 1 - 1e-3
     assert np.abs(np.linalg.norm(ours, axis=1) - 1).max() < 1e-4
-    # It is sharp: a crop that is not in the middle, or another kernel, is farther away.
+    # The bound is tight: a crop off the middle, or another kernel, is farther away.
     moved = np.stack([np.roll(encoder.prepared(jpeg), 2, axis=1) for jpeg in data])
     assert (encoder.images(moved) * theirs).sum(1).min() < 1 - 1e-3
 
@@ -290,7 +290,7 @@ def test_a_model_unknown_to_open_clip_is_refused(copied, tmp_path):
 
 
 def test_a_tar_cut_between_two_members_is_refused(copied):
-    """Such a tar reads without an error; only its manifest tells what is missing."""
+    """Such a tar reads without an error. Only its manifest shows the missing members."""
     shutil.rmtree(copied.folder("embeddings"))
     manifest_path = storage.join(copied.folder("shards"), "manifest.json")
     manifest = storage.read_json(manifest_path)
@@ -302,7 +302,7 @@ def test_a_tar_cut_between_two_members_is_refused(copied):
     assert len(list(tars.read(path))) == 29
     with pytest.raises(StageFailed, match="is not the file its manifest describes"):
         run_stage(Embed(copied, EmbedConfig()))
-    # Even where the manifest was written again for the shorter file.
+    # It is refused even if the manifest was written again for the shorter file.
     entry |= storage.describe_file(entry["name"], path)
     storage.put_json(manifest, manifest_path)
     shutil.rmtree(copied.folder("embeddings"))

@@ -41,7 +41,7 @@ def encoded_batches(monkeypatch):
 
     monkeypatch.setattr(clip.Encoder, "launch", counted)
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # two would wait for each other where something else runs
+    torch.set_num_threads(1)  # two threads would wait for each other on a busy machine
     yield batches
     torch.set_num_threads(before)
 
@@ -83,7 +83,7 @@ def test_a_shard_that_fails_among_others_fails_alone(copied, encoded_batches):
     path.write_bytes(whole_tar)
     encoded_batches.clear()
     assert without_run_facts(run_stage(stage)) == undisturbed
-    assert encoded_batches == [(25, 25), (5, 25)]  # what had a record was not made again
+    assert encoded_batches == [(25, 25), (5, 25)]  # items with a record are not processed again
 
 
 def test_undecodable_images_take_no_place_in_a_batch(copied, encoded_batches):
@@ -142,7 +142,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(whole_batches, copied, built
     expected, vectors = Embeddings(built).all().astype(np.float32), Embeddings(copied).all().astype(np.float32)
     assert (expected * vectors).sum(1).min() > 1 - 1e-3
     last = 5 if whole_batches else 7
-    assert passes[-1] <= last and sum(size > 9 for size in passes) < 8  # later batches are not tried whole
+    assert passes[-1] <= last and sum(size > 9 for size in passes) < 8  # later batches begin with the smaller size
     notes = [item["run"]["times"][devices.HALVED] for item in sealed["items"]]
     assert len(notes) == 3 and notes[-1].startswith(f"batch from {first} to {last} after out of memory on ")
     assert sealed["run"]["items_with_halved_batches"] == 3
@@ -171,7 +171,7 @@ def test_out_of_memory_halves_batches_of_captions_too(copied, small_memory):
 
 
 def test_after_an_error_of_the_encoder_each_shard_is_tried_alone(copied, encoded_batches, monkeypatch):
-    """One error ends all that were taken together; each is tried alone then."""
+    """One error ends all shards of a group. Then each shard is tried alone."""
     shutil.rmtree(copied.folder("embeddings"))
     encoder = clip.load_encoder(ClipConfig())
     encode, passes = encoder.encode, []

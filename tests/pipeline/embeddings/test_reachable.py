@@ -1,4 +1,4 @@
-"""Whether weights are here, offered by a hub, absent there, or out of reach: four answers, without a download."""
+"""Weights are local, offered by a hub, absent there, or out of reach: four answers, without a download."""
 
 import threading
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _TEMPLATE = "/{repo_id}/resolve/{revision}/{filename}"
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """Offers someone/small, has someone/empty without weights, and nothing else."""
+    """A hub with someone/small, and with someone/empty that has no weights."""
 
     def do_HEAD(self) -> None:
         _, owner, name, *_ = self.path.split("/")
@@ -28,7 +28,7 @@ class _Hub(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture

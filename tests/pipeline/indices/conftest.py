@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on shared cores take many times as long."""
+    """One thread, because threads that wait for each other on shared cores take many times as long."""
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     yield

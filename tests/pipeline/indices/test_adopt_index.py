@@ -1,4 +1,4 @@
-"""Indices that were made elsewhere: sealed if a search finds the rows of the dataset, refused with what disagrees."""
+"""Indices of other programs: sealed if a search finds the rows of the dataset, and refused with a reason otherwise."""
 
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,11 @@ def dataset(tmp_path: Path) -> Dataset:
 
 def write_foreign(folder: Path, key: str, vectors: np.ndarray = VECTORS, metric: int = faiss.METRIC_INNER_PRODUCT
                   ) -> Path:
-    """An index as others write it."""
+    """An index file of another program."""
     index = faiss.index_factory(vectors.shape[1], key, metric)
     if key.startswith("OPQ"):
         transform: Any = list_transforms(index)[0]
-        transform.niter = 2  # half a minute less
+        transform.niter = 2  # saves half a minute
     index.train(vectors)
     index.add_with_ids(vectors, np.arange(len(vectors))) if key.startswith("IDMap") else index.add(vectors)
     faiss.write_index(index, str(folder / "theirs.index"))
@@ -79,7 +79,7 @@ def test_an_adopted_index_is_extended_like_any_other(tmp_path, dataset):
 
 
 def swapped(first: int, second: int) -> np.ndarray:
-    """The vectors with two rows in each other's place."""
+    """The vectors with two rows swapped."""
     vectors = VECTORS.copy()
     vectors[[first, second]] = vectors[[second, first]]
     return vectors
@@ -122,7 +122,7 @@ def test_an_index_of_anything_else_is_refused_with_both_values(tmp_path, dataset
     assert not dataset.is_sealed("index")
 
 
-def test_one_shard_in_another_order_is_refused_though_most_rows_are_right(tmp_path):
+def test_one_shard_in_another_order_is_refused(tmp_path):
     """With 20 shards the share of all is 0.95."""
     dataset = synthetic.vector_dataset(tmp_path / "root", "x", np.array_split(VECTORS, 20))
     vectors = VECTORS.copy()

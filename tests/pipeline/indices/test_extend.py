@@ -40,7 +40,7 @@ def bytes_of(index) -> bytes:
 
 
 def versions(root, vectors) -> tuple[Dataset, Dataset]:
-    """A base of four shards; a version with one gone, one without some of its rows, the others moved, and two new."""
+    """A base of four shards. A version without one of them, without some rows of another, and with two new ones."""
     shards = np.array_split(vectors, 6)
     base = synthetic.vector_dataset(root, "x", shards[:4])
     return base, synthetic.vector_dataset(root, "x@v2", [
@@ -162,7 +162,7 @@ def test_lists_merged_on_disk_are_those_merged_in_memory(tmp_path, vectors, key,
     (tmp_path / "c" / "2c3d").chmod(0o400)
     on_disk = open_index(tmp_path / "0a1b", tmp_path / "c" / "2c3d")
     assert (on_disk.search(vectors[:200], 10)[1] == answers["disk"][1]).all()
-    # Elsewhere it opens too, and an index made from it is on disk like it.
+    # It also opens from another folder, and an index made from it is on disk like it.
     moved = tmp_path / "moved"
     (tmp_path / "disk").rename(moved)
     base = Dataset(str(moved), "x")

@@ -70,7 +70,7 @@ def test_an_index_above_ten_thousand_vectors_obeys_its_budget(many, budget):
 
 def test_autofaiss_chooses_the_kind_above_ten_thousand_vectors(many):
     from autofaiss.external.optimize import get_optimal_index_keys_v2
-    for budget in ("1G", "1M"):  # autofaiss takes M for 2**20
+    for budget in ("1G", "1M"):  # autofaiss reads M as 2**20
         _, _, info, _ = build_whole(many, IndexConfig(max_memory=f"{budget}i"))
         assert info["key"] in get_optimal_index_keys_v2(10_500, 16, budget)
 
@@ -110,7 +110,7 @@ def test_recall_is_that_of_queries_that_were_not_trained_on(few, key, floor):
     config = IndexConfig(key=key, queries=150)
     built, _, info, _ = build_whole(few, config)
     assert info["recall_queries"] == 150 and info["recall_rows"] == 2000
-    # Measured again with other means: another index of the same kind and setting, trained without these rows.
+    # A second measurement: another index of the same kind and setting, trained without these rows.
     held = np.random.default_rng((0, 17)).choice(2_000, 150, replace=False)
     kept = np.setdiff1d(np.arange(2_000), held)
     other = faiss.index_factory(32, key, faiss.METRIC_INNER_PRODUCT)
@@ -146,7 +146,7 @@ def test_ids_are_global_rows(few, key):
 
 
 def test_training_takes_a_sample_of_all_not_the_first_rows(few):
-    """The first rows may be all of one kind: a quantizer that saw only them would spoil the others."""
+    """The first rows may be all of one kind. A quantizer that is trained only on them would be bad for the others."""
     one_kind = np.concatenate([np.repeat(few[:1], 1_000, axis=0), few[1_000:]])
     built, _, _, _ = build_whole(one_kind, IndexConfig(key="SQ8", train_points=200, queries=0))
     error = np.abs(built.reconstruct_n(0, 2_000) - one_kind).max()
@@ -185,7 +185,7 @@ def test_a_key_that_faiss_cannot_build_is_refused(few):
 @pytest.mark.parametrize("key", ["Flat", "SQ8", "PQ8x8", "IVF32,SQ8", "OPQ2_8,IVF16,PQ2x4", "HNSW15",
                                  "IVF400_HNSW8,PQ8x4", "OPQ2_8,IVF200_HNSW8,PQ2x4",
                                  "OPQ1_32,IVF16,PQ1x8", "IVF16,RaBitQ"])
-def test_equal_vectors_give_equal_bytes_whatever_the_threads(few, key):
+def test_equal_vectors_give_equal_bytes_with_any_number_of_threads(few, key):
     seen = set()
     for number in (1, 2, 2, 3):
         faiss.omp_set_num_threads(number)
@@ -237,7 +237,7 @@ def test_an_index_of_other_embeddings_is_refused(tmp_path, few):
 
 
 def test_an_index_in_parts_is_the_index_in_one(tmp_path, few):
-    """The same training, the same rows: what parts find, put together, is what one worker finds."""
+    """With equal training and rows, the merged results of the parts are those of one index."""
     dataset = synthetic.vector_dataset(tmp_path, "x", np.array_split(few, 7))
     key = "IVF16,SQ8"
     whole = Index(dataset, IndexConfig(key=key, target_recall=0.99))
@@ -326,7 +326,7 @@ def test_training_and_filling_give_the_bytes_of_faiss_with_one_thread(few, key):
 
 
 def test_searches_give_the_same_bits_with_any_number_of_threads(tmp_path):
-    """faiss alone finds other scores in the last bits here, as it multiplies matrices with several threads."""
+    """faiss alone gives other last bits here, because it multiplies matrices with several threads."""
     vectors = synthetic.clustered(5_000, 256)
     database = synthetic.vector_dataset(tmp_path, "x", [vectors])
     run_stage(Index(database, IndexConfig(key="OPQ8_32,IVF32,PQ8x8")))
@@ -344,7 +344,7 @@ def test_searches_give_the_same_bits_with_any_number_of_threads(tmp_path):
 
 @pytest.mark.skipif(faiss.cvar.distance_compute_blas_threshold < 1000, reason="this faiss has no such threshold")
 def test_codebooks_of_short_parts_are_not_found_query_by_query(monkeypatch):
-    """faiss does so where queries have few numbers. An index of ten thousand images then takes eleven times as long."""
+    """faiss does so for short vectors. An index of ten thousand images then takes eleven times as long."""
     rows, seconds = synthetic.clustered(8_000, 12), []
     for scans in (faiss_door.scan_in_blocks, contextlib.nullcontext):
         monkeypatch.setattr(train, "scan_in_blocks", scans)

@@ -12,7 +12,7 @@ from pipeline.media.types import BadImage
 
 
 def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
-    """A PNG made by hand; `rows` are unfiltered, or nothing for a file that ends after its header."""
+    """A PNG from its chunks. `rows` are unfiltered; without rows the file ends after its header."""
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     body = chunk(b"IDAT", zlib.compress(rows)) if rows else b""
@@ -21,7 +21,7 @@ def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
 
 
 def profile(space: bytes, tags: dict[bytes, bytes]) -> bytes:
-    """An ICC profile (version 2) made by hand; `tags` are whole, their type included."""
+    """An ICC profile (version 2) from its tags, which include their type."""
     tags = {b"wtpt": xyz(0.9642, 1, 0.8249), b"cprt": b"text" + bytes(4) + b"none\0",
             b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"made\0" + bytes(78)} | tags
     table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
@@ -49,7 +49,7 @@ def wide_gamut(power: float = 2.2) -> bytes:
 
 
 def inks() -> bytes:
-    """A press whose ink lowers the lightness alone, evenly: any of them, for the color printed is gray."""
+    """A press whose inks only reduce the lightness, all equally, so every print is gray."""
     ramp = bytes(range(256))
     clut = b"".join(bytes([round(255 * (1 - sum(corner) / 4)), 128, 128])
                     for corner in np.ndindex(2, 2, 2, 2))
@@ -58,7 +58,7 @@ def inks() -> bytes:
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Something with soft and hard edges, and some noise."""
+    """An image with soft and hard edges, and some noise."""
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)

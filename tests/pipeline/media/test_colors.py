@@ -70,7 +70,7 @@ def test_numbers_of_an_unknown_range_are_no_image(values):
 
 
 def p3_as_srgb(colour: tuple[int, int, int]) -> np.ndarray:
-    """By the book: gamma 2.2, primaries, the curve of sRGB."""
+    """The expected colors follow the standard: gamma 2.2, primaries, the curve of sRGB."""
     linear = np.array(colour) / 255
     p3 = np.array([[0.5151, 0.2920, 0.1571], [0.2412, 0.6922, 0.0666], [-0.0011, 0.0419, 0.7841]])
     srgb = np.array([[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]])

@@ -44,15 +44,15 @@ def test_text_is_outside_the_cells():
     )
     assert sheet.width > plain.width and sheet.height > plain.height
     is_red = (np.asarray(sheet) == RED).all(2)
-    assert is_red.sum() == 6 * 48 * 48  # nothing is written over an image
+    assert is_red.sum() == 6 * 48 * 48  # no text covers an image
     ink = np.nonzero(np.asarray(sheet.convert("L")) < 200)
-    assert ink[0].min() > 0 and ink[1].min() > 0  # and nothing runs off the sheet
+    assert ink[0].min() > 0 and ink[1].min() > 0  # and no text leaves the sheet
     assert ink[0].max() < sheet.height - 1 and ink[1].max() < sheet.width - 1
 
 
 @pytest.mark.timeout(60)
 def test_a_long_word_is_cut():
-    """Not letter by letter, each time measuring what is left."""
+    """The cut does not measure the remaining text letter by letter, which would be slow."""
     assert contact_sheet([red()], 1, row_labels=["x" * 100_000]).width < 300
 
 

@@ -146,7 +146,7 @@ def test_settings_out_of_range_are_refused():
 
 
 @pytest.mark.parametrize("kind", ["blank", "white", "ball", "copies"])
-def test_crowds_take_seconds(kind):
+def test_crowds_of_near_hashes_take_seconds(kind):
     """A comparison of every pair would take many minutes."""
     rng = np.random.default_rng(0)
     count = 100_000

@@ -17,7 +17,7 @@ CONTENT = b"\xff" * 700
 
 
 def tar_of(names: list[str], tar_format: int = tarfile.USTAR_FORMAT, content: bytes = CONTENT) -> bytes:
-    """A tar in which the content of each member tells its name."""
+    """A tar in which the content of each member is its name."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tar_format) as tar:
         for name in names:
@@ -147,7 +147,7 @@ def test_a_key_that_occurs_again_with_the_same_kind_is_another_sample():
         ("a", "jpg", "txt"), ("b", "jpg", "txt"), ("a", "png", "json"), ("a", "jpg")]
 
 
-def test_names_with_dots_are_divided_at_the_last_dot_where_a_key_has_several_images():
+def test_names_with_dots_of_a_key_with_several_images_are_split_at_the_last_dot():
     names = ["x/i.2020.01.jpg", "x/i.2020.01.txt", "x/i.2021.jpg", "x/i.2021.txt", "k.jpg", "k.seg.png",
              "d.0.jpg"]
     samples, faults = read(tar_of(names), divide_names=True)

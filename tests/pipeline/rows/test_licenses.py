@@ -121,7 +121,7 @@ def test_columns_of_authors_titles_and_pages_are_found():
         "author": "Ann", "title": "", "page": ""}
 
 
-def test_patterns():
+def test_license_patterns_match():
     allowed = Licenses("CC0-1.0, CC-BY-*")
     assert all(map(allowed.allow, ("CC0-1.0", "CC-BY-2.0", "CC-BY-4.0", "CC-BY-3.0-DE")))
     assert not any(map(allowed.allow, ("CC-BY-NC-4.0", "CC-BY-SA-4.0", "MIT", "")))

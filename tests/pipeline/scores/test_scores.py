@@ -65,7 +65,7 @@ def scores_of(dataset: Dataset, name: str, column: str = "") -> np.ndarray:
     ((1,), {}, None, None), ((1,), {"output": "sigmoid"}, None, torch.sigmoid),
     ((8, 4, 1), {"activation": "none"}, None, None), ((8, 4, 1), {"activation": "relu"}, torch.relu, None),
     ((8, 4, 8, 1), {"activation": "tanh", "output": "sigmoid"}, torch.tanh, torch.sigmoid)])
-def test_a_head_gives_what_torch_computes(tmp_path, dataset, sizes, about, between, after):
+def test_a_head_gives_the_result_of_torch(tmp_path, dataset, sizes, about, between, after):
     tensors = predictor(16, *sizes)
     manifest = run_stage(Score(dataset, f"good={write_head(tmp_path / 'a.safetensors', tensors, **about)}",
                                ScoreConfig()))

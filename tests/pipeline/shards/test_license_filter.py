@@ -89,7 +89,7 @@ def test_rows_of_other_licenses_are_filtered_and_counted(tmp_path: Path, make: C
 
 
 @pytest.mark.parametrize("kind", ["list", "captions"])
-def test_rows_that_cannot_be_read_are_counted_as_such(tmp_path: Path, kind: str) -> None:
+def test_unreadable_rows_are_counted_as_unreadable(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "source"
     folder.mkdir()
     (folder / "a.png").write_bytes(images()[0])
@@ -109,7 +109,7 @@ def test_without_the_setting_folders_are_unchanged(tmp_path: Path) -> None:
     assert len(rows) == 7 and "licenses" not in manifest["section"]
 
 
-def test_a_source_of_other_licenses_alone_is_refused_with_the_counts(tmp_path: Path) -> None:
+def test_a_source_without_the_licenses_is_refused_with_the_counts(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     with pytest.raises(StageFailed, match=r"used: 5 filtered_by_license, 2 filtered_without_license\n.*credits"):
         shard(tmp_path, table(tmp_path / "source"), licenses="MIT")

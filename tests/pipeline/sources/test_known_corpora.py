@@ -144,7 +144,7 @@ LISTS = [  # layout, maker, caption, license, (author, title, page)
 
 
 @pytest.mark.parametrize(("name", "make", "caption", "license", "credit"), LISTS, ids=[each[0] for each in LISTS])
-def test_tables(tmp_path, image_site, caplog, name, make, caption, license, credit):
+def test_tables_of_known_corpora_are_read(tmp_path, image_site, caplog, name, make, caption, license, credit):
     flags = {"url_column": f"http://{image_site}/{{image_id}}.png"} if name == "AIC" else {}  # not its real host
     with caplog.at_level(logging.INFO):
         dataset, manifest = shard_source(tmp_path / "x", make(tmp_path, f"http://{image_site}/00.png"), **flags)

@@ -223,7 +223,7 @@ def test_memory_does_not_grow_with_the_list(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_all_shards_have_the_same_types_though_a_column_is_empty_in_one(tmp_path, image_site, kind):
+def test_a_column_that_is_empty_in_one_shard_has_the_same_type(tmp_path, image_site, kind):
     count = 21
     columns = {"whole": [None] * 7 + [1] * 14, "mixed": [1] * 7 + [None] * 7 + [0.5] * 7,
                "truth": [None] * 14 + [True] * 7, "words": [None] * 7 + ["x"] * 14, "never": [None] * count,

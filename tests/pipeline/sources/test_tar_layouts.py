@@ -221,7 +221,7 @@ def test_the_share_of_good_rows_does_not_count_damages(tmp_path, capsys, caplog)
     assert code == 1 and re.search(r"12 of \d+ rows failed", text)
 
 
-def test_an_empty_tar_is_named_and_alone_it_is_refused(tmp_path, capsys):
+def test_an_empty_tar_is_named_and_a_source_of_empty_tars_is_refused(tmp_path, capsys):
     write_tar(tmp_path / "tars" / "0.tar", [])
     for options in ([], ["--max-failed", "0.1"], ["--duplicates", "exact"]):
         code, text = run_shard(tmp_path / f"root{options}", tmp_path / "tars", capsys, *options)

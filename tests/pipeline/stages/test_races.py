@@ -14,7 +14,7 @@ from pipeline.stages.worker import process_and_commit, process_item
 from tests.pipeline.stages.count_stage import Count, CountConfig, lasting_files
 
 
-def test_a_folder_is_not_emptied_under_a_driver_that_works_there(tmp_path):
+def test_a_folder_in_use_by_a_driver_is_not_emptied(tmp_path):
     working = Count(tmp_path)
 
     def run_and_overwrite(stage, items):
@@ -55,7 +55,7 @@ def test_a_late_manifest_of_a_replaced_plan_is_replaced(tmp_path):
     assert lasting_files(new.folder) == lasting_files(tmp_path / "alone" / "count")
 
 
-def test_workers_of_one_item_whose_files_differ_are_an_error(tmp_path):
+def test_two_workers_with_different_files_of_one_item_are_an_error(tmp_path):
     first, other = Count(tmp_path), Count(tmp_path)
     item = prepare(first)[0]
     prepare(other)

@@ -138,7 +138,7 @@ def test_a_damaged_lease_is_no_lease(tmp_path):
         pass
 
 
-def test_leases_on_s3(s3):
+def test_leases_work_on_s3(s3):
     with hold_lease(s3, "d"), pytest.raises(LeaseConflict), hold_lease(s3, "d", exclusive=True):
         pass
     with hold_lease(s3, "d", exclusive=True) as exclusive:

@@ -79,7 +79,7 @@ def test_texts_with_line_breaks_and_commas_are_one_cell(tmp_path, header, ending
     assert [list(each.values()) for each in good] == [row, row] and not problems
 
 
-def test_lines_without_quotes_are_no_rows_where_each_text_has_them(tmp_path):
+def test_lines_without_quotes_are_no_rows_of_a_quoted_file(tmp_path):
     rows = [["http://h/0.png", "see\r\nhttp://h/1.png,x"], ["http://h/2.png", "a\r\nb"]]
     text = io.StringIO(newline="")
     csv.writer(text, quoting=csv.QUOTE_ALL).writerows([["url", "caption"], *rows])
@@ -147,7 +147,7 @@ def test_long_cells_and_odd_bytes_are_read(tmp_path):
         read(tmp_path, "b.csv", "url,caption\na,b\n".encode("utf-16"))
 
 
-def test_whatever_a_strict_writer_writes_is_read_as_it_was(tmp_path):
+def test_a_file_of_a_strict_writer_is_read_unchanged(tmp_path):
     rng = random.Random(0)
     for _ in range(200):
         rows = [["".join(rng.choice('ab",\n\r \\é\t') for _ in range(rng.randint(0, 9))) for _ in range(3)]

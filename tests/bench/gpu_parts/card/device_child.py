@@ -10,7 +10,7 @@ import torch
 
 
 def provoke(failure: str) -> None:
-    """Fail as `failure` says."""
+    """Cause the failure that `failure` names."""
     from pipeline.hardware import devices
 
     if failure in ("hidden card", "absent card"):

@@ -1,6 +1,6 @@
 """Two and more cards: bandwidth of NCCL, scaling of DDP and FSDP2, and a killed run that resumes. SKIP with one card.
 
-On a CPU two processes with gloo take the same way, so that the script is tried before there are cards.
+On a CPU two processes with gloo run the same code, so that the script can be tested without cards.
 """
 
 import json
@@ -35,7 +35,7 @@ def run(report: Report) -> None:
 
 
 def _run_processes(report: Report, world: int, what: str) -> dict[str, float]:
-    """Run the child in `world` processes; what rank 0 printed."""
+    """Run the child in `world` processes. The output of rank 0."""
     processes = _start(report, world, what, report.scratch / what)
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     if any(process.returncode for process in processes):

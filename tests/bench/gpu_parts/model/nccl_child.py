@@ -1,4 +1,4 @@
-"""One process of several of `nccl.py`: what it measures goes to stdout as a line of JSON, from rank 0."""
+"""One process of several of `nccl.py`. Rank 0 prints its measurements as a line of JSON."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def _bandwidth(device: torch.device, world: int) -> float:
 
 
 def _resumable(device: torch.device, rank: int, world: int, folder: Path) -> dict[str, float]:
-    """Train with checkpoints, from the newest one that is there."""
+    """Train with checkpoints, from the newest one that exists."""
     config = replace(recipes.tiny(), steps=24, global_batch=2 * world, checkpoint_every=6, log_every=10)
     checkpoints = sorted((path.parent for path in folder.glob("*/checkpoint.json")), key=lambda path: int(path.name))
 

@@ -24,7 +24,7 @@ _K = 4
 
 
 def run(report: Report) -> None:
-    """Laws first, for they are quick; then rates, the largest network last."""
+    """Check laws first, because they are quick; then measure rates, the largest network last."""
     small = _small(report)
     with report.attempt("bf16 and fp32"):
         _precisions(report, small)
@@ -48,7 +48,7 @@ def _small(report: Report) -> TrainConfig:
 
 
 def _batches(config: TrainConfig, side: int) -> Callable[[int], dict[str, np.ndarray]]:
-    """Eight random batches, over and over: latents, or images where the network takes those."""
+    """Eight random batches, repeated: latents, or images if the network takes those."""
     rng = np.random.default_rng(0)
     unet, count = config.unet, config.global_batch
 
@@ -118,7 +118,7 @@ def _waits(report: Report, config: TrainConfig) -> None:
 
 
 def _one_process(report: Report, config: TrainConfig, name: str, change: dict[str, Any]) -> None:
-    """Losses under torch.distributed with one process, against none."""
+    """Losses under torch.distributed with one process, compared with a run without it."""
     alone = _train(config, report, 64)[-1]["loss"]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29731", RANK="0", WORLD_SIZE="1")
     torch.distributed.init_process_group("nccl" if report.device.type == "cuda" else "gloo")
@@ -168,7 +168,7 @@ def _rates(report: Report) -> None:
 
 
 def without_checkpointing(recipe: TrainConfig) -> TrainConfig:
-    """The recipe without checkpointing: everything is kept for the way back."""
+    """The recipe without checkpointing: all activations are kept for the backward pass."""
     return replace(recipe, unet=replace(recipe.unet, checkpointing=False))
 
 

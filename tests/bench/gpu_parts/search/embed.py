@@ -1,4 +1,4 @@
-"""Embedding with CLIP: the bare forward pass, and how much of it is left with transfers, decoding and tars around it.
+"""Embedding with CLIP: the rate of the bare forward pass, and the rates with transfers, decoding and tars.
 
 The weights are random: they cost what trained ones cost.
 """
@@ -44,7 +44,7 @@ def _encoder(model: str) -> Any:
 
 
 def _on_pixels(report: Report, encoder: Any, model: str, batch: int) -> float:
-    """Rates of the bare pass and of what surrounds it; the bare one, images a second."""
+    """Measure the bare pass and the steps around it. The rate of the bare pass, images a second."""
     from pipeline.embeddings.encode_shards import ShardPart, _in_whole_batches
     from pipeline.stages.timers import Times
     side = encoder.preprocessing["image_size"]
@@ -129,7 +129,7 @@ def _on_tars(report: Report, encoder: Any, model: str, batch: int, bare_rate: fl
 
 def _tars_rate(report: Report, encoder: Any, batch: int, bare_rate: float, side: int, threads: int
                ) -> tuple[float, str]:
-    """Images a second of the embed stage's own loop, and where its time went."""
+    """Images a second of the embed stage's own loop, and the parts of its time."""
     from pipeline.embeddings.encode_shards import MemoryPlan, ShardInput, encode_parts
     from pipeline.stages.timers import Times
     tar, count = _tar(report, side)

@@ -57,7 +57,7 @@ def _time_search(report: Report, database: Any, queries: np.ndarray, memory: int
 
 
 def _compare(report: Report, database: Any, queries: np.ndarray) -> None:
-    """Against float32 products of all rows on the device."""
+    """Compare with float32 products of all rows on the device."""
     from pipeline.neighbors.exhaustive import search_exhaustively
     candidates = search_exhaustively(queries, database, _WANTED, 1 << 30)
     device_queries = torch.from_numpy(queries).to(report.device)
@@ -80,7 +80,7 @@ def _compare(report: Report, database: Any, queries: np.ndarray) -> None:
 
 def _unit(count: int, seed: int, device: torch.device) -> torch.Tensor:
     generator = torch.Generator(device).manual_seed(seed)
-    # Clusters, for CLIP vectors are far from uniform.
+    # Clusters, because CLIP vectors are far from uniform.
     centers = torch.randn(1000, _DIM, device=device, generator=torch.Generator(device).manual_seed(1))
     which = torch.randint(1000, (count,), device=device, generator=generator)
     vectors = centers[which] + 0.8 * torch.randn(count, _DIM, device=device, generator=generator)
