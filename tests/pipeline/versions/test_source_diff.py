@@ -150,7 +150,7 @@ def test_changed_words_beside_an_image_are_changes(tmp_path: Path, change: str) 
     assert (identity == second.source.identity()) == (action != "add")
 
 
-def test_rows_of_an_old_version_stay_though_their_urls_are_stored_otherwise(tmp_path: Path, monkeypatch) -> None:
+def test_rows_of_an_old_version_with_another_url_format_stay(tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as old_program:
         old_program.setattr(source_diff, "source_name", source_diff.old_source_name)
         old_program.setattr(source_diff, "redact_cells", dict)
