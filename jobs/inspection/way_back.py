@@ -1,7 +1,14 @@
 """The command that replaces a damaged folder, as `verify` names it."""
 
 from jobs.publishing.check_published import list_published
-from jobs.publishing.whole_versions import find_false_facts, find_replacement, find_way_back, list_publications
+from jobs.publishing.whole_versions import (
+    find_false_facts,
+    find_later_base,
+    find_references,
+    find_replacement,
+    find_way_back,
+    list_publications,
+)
 from pipeline import storage
 from pipeline.datasets import published, release_files
 from pipeline.datasets.dataset import Dataset, is_name
@@ -42,12 +49,13 @@ def _mend_dataset(root: str, name: str, kind: str, rest: list[str], keys: Releas
     if stage == "forgotten.json":
         return f"python -m jobs repair {name}"
     if kind == "published" or is_unpublished or (
-            version == "current.json" and find_false_facts(current, current.document)):
+            version == "current.json" and (find_false_facts(current, current.document) or find_later_base(current))):
         return f"python -m jobs repair {name}{current.repair_options()}"
     if stage in published.STAGES or stage == "release.json" or version == "current.json":
         if version in {current.version, "current.json"}:
             return find_way_back(current)
-        if version in list_publications(current) or release_files.has_release(dataset):
+        if (version in list_publications(current) or version in find_references(current)
+                or release_files.has_release(dataset)):
             return find_replacement(current, version)
     if stage == "clip-retrieval":
         return f"{dataset.command('embed')} --export clip-retrieval --overwrite"

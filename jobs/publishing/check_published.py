@@ -7,10 +7,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from jobs.publishing.whole_versions import find_false_entries, is_removed, list_publications
+from jobs.publishing.whole_versions import (
+    find_false_entries,
+    find_later_base,
+    find_references,
+    is_removed,
+    list_publications,
+)
 from pipeline import storage
 from pipeline.datasets import hidden_rows, published, release_files, takedown_list, takedowns
 from pipeline.datasets.dataset import Dataset, datasets
+from pipeline.datasets.history import read_entry
 from pipeline.datasets.published import Published
 from pipeline.datasets.signatures import NO_KEYS, ReleaseKeys, read_release_keys
 from pipeline.storage import DamagedFile
@@ -60,12 +67,7 @@ def check_published(root: str, *, quick: bool = False, keys: ReleaseKeys | None 
             continue
         folders.append(f"datasets/{name}/{current.version}/")
         faults += _check_history(current)
-        released = [version for version in current.versions()
-                    if release_files.has_release(Dataset(root, name, version))]  # entries of the history may be lost
-        versions = sorted({*released, *(document["version"] for document in current.history())},
-                          key=published.version_number)
-        checks = storage.map_urls(partial(_check_version, current, quick=quick), versions, threads=16 if quick else 1)
-        faults += itertools.chain.from_iterable(checks)
+        faults += _check_versions(current, quick=quick)
     with contextlib.suppress(ValueError):  # the check of each version names a damaged list
         faults += [{"path": path, "fault": "is not this request of forgotten.json"}
                    for path in takedown_list.find_changed_copies(root)]
@@ -75,13 +77,33 @@ def check_published(root: str, *, quick: bool = False, keys: ReleaseKeys | None 
 def _check_history(current: Published) -> Iterator[Fault]:
     """Entries of the history that are missing, cannot be read, or do not agree with the release, and such a pointer."""
     for url in current.damaged_history():
-        yield {"path": url.removeprefix(current.root).strip("/"), "fault": "is no publication"}
+        there = read_entry(url)
+        yield {"path": url.removeprefix(current.root).strip("/"),
+               "fault": f"is publication {there['sequence']}: another one was here" if there else "is no publication"}
     for url, facts in find_false_entries(current).items():
         yield {"path": url.removeprefix(current.root).strip("/"),
                "fault": f"does not agree with the release of its version: {', '.join(facts)}"}
     for gap in current.missing_history():
         more = f", and so are all up to {gap[-1]:06d}.json" if len(gap) > 1 else ""
         yield {"path": f"published/{current.name}/{gap[0]:06d}.json", "fault": f"is missing{more}"}
+
+
+def _check_versions(current: Published, *, quick: bool) -> Iterator[Fault]:
+    """Faults of all versions that are or were published. Entries of the history may be lost, and releases."""
+    folders, references = current.versions(), find_references(current)
+    if fault := find_later_base(current):
+        yield {"path": f"datasets/{current.name}/current.json", "fault": fault}
+    released = {version for version in folders
+                if release_files.has_release(Dataset(current.root, current.name, version))}
+    listed = {document["version"] for document in current.history()}
+    versions = sorted(released | listed, key=published.version_number)
+    checks = storage.map_urls(partial(_check_version, current, quick=quick), versions, threads=16 if quick else 1)
+    yield from itertools.chain.from_iterable(checks)
+    for version in folders:
+        if version in references and version not in released | listed and not is_removed(
+                current.root, current.name, version):
+            yield {"path": f"datasets/{current.name}/{version}/release.json",
+                   "fault": f"is missing: {references[version]}"}
 
 
 def _check_version(current: Published, version: str, *, quick: bool) -> list[Fault]:

@@ -10,6 +10,7 @@ from jobs.publishing.consumers import find_consumers
 from jobs.publishing.whole_versions import (
     find_earlier_version,
     find_fault,
+    find_references,
     find_replacement,
     find_way_back,
     is_removed,
@@ -39,7 +40,8 @@ def list_versions(root: str, name: str) -> list[dict[str, Any]]:
     for past in current.history():
         rolled_back |= {past["rolled_back"]} if "rolled_back" in past else set()
         rolled_back -= {past["version"]}
-    versions, publications = [], list_publications(current)
+    versions, publications, references = [], list_publications(current), find_references(current)
+    listed = {past["version"] for past in current.history()}
     for version in current.versions():
         dataset = Dataset(root, name, version)
         try:
@@ -50,8 +52,11 @@ def list_versions(root: str, name: str) -> list[dict[str, Any]]:
         is_gone, document = is_removed(root, name, version), publications.get(version)
         if document and not is_gone:
             damaged = hashlib.sha256(data).hexdigest() != document["release"]
+        elif version in references and release is None and not is_gone:
+            damaged = True  # it was published, and its release and its entry are lost
         about: dict[str, Any] = {"version": version, "published": current.version == version,
-                               "released": release is not None, "removed": is_gone,
+                               "released": release is not None, "in_history": version in listed,
+                               "removed": is_gone,
                                "rolled_back": version in rolled_back, "damaged": damaged,
                                "pinned_by": pinned.get(version, []),
                                "at": document["published"] if document else None,
@@ -100,6 +105,7 @@ def versions_table(versions: list[dict[str, Any]]) -> str:
         change = ", ".join(f"{count} {what}" for what, count in (version["change"] or {}).items() if count)
         state = next((word for word in ("damaged", "published", "removed", "rolled_back", "released") if version[word]),
                      "not published").replace("_", " ")
+        state = "not in the history" if state == "released" and not version["in_history"] else state
         state = describe_failed_gates(version.get("failed_gates", ())) or state
         date = "" if version["at"] is None else f"published {format_time(version['at'])}"
         remarks = [date, f"{version['samples']} samples" if version["samples"] is not None else "",

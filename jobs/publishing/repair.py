@@ -7,10 +7,17 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from jobs.publishing.forget import apply_takedowns, require_requests
-from jobs.publishing.whole_versions import find_false_entries, find_false_facts, find_fault, find_way_back
+from jobs.publishing.whole_versions import (
+    find_false_entries,
+    find_false_facts,
+    find_fault,
+    find_later_base,
+    find_way_back,
+)
 from pipeline import storage
 from pipeline.datasets import published, release_files, takedown_list, takedowns
 from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.history import entry_number, list_history, read_entry, restore_places
 from pipeline.datasets.last_seen import read_last_seen
 from pipeline.datasets.pointer import DamagedPointer, parse_pointer, read_pointer
 from pipeline.datasets.published import Published
@@ -38,6 +45,9 @@ def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | N
     root, keys = storage.normalize(root), read_release_keys() if keys is None else keys
     report: dict[str, Any] = {"dataset": name} | ({"dry_run": True} if dry_run else {})
     accepted = _accept_requests(root) if accept_lost_requests and not dry_run else {}
+    if not dry_run and (moved := restore_places(root, name, lambda document: not keys.find_fault(name, document))):
+        _log.warning("repair: these entries of the history were in the place of others: %s", ", ".join(moved))
+        report["history"] = "restored"
     report |= accepted | _repair_pointer(root, name, keys, accepted=bool(accepted), dry_run=dry_run,
                                          accept_lost=accept_lost_publications)
     if report["published"] is None:
@@ -74,6 +84,8 @@ def _repair_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool, 
                              f"hint: python -m jobs rebuild {name} --source SOURCE")
         if not current.version:
             raise DamagedPointer(root, name, "is missing, and versions have a release")
+        if fault := find_later_base(current):
+            raise DamagedPointer(root, name, fault)
     except DamagedPointer as error:
         _log.warning("repair: %s", str(error).splitlines()[0])
         return _restore_pointer(root, name, keys, accepted=accepted, dry_run=dry_run, accept_lost=accept_lost)
@@ -167,8 +179,7 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool,
     faults = [(document, find_fault(current, document)) for document in candidates]
     document, fault = next(((document, fault) for document, fault in faults if not fault), faults[0])
     newest = max([document["sequence"] for document in candidates], default=0)
-    files = storage.list_names(storage.join(root, "published", name))  # readers compare with damaged ones too
-    newest = max([newest, *(int(file[:-5]) for file in files if file[:-5].isdigit())])
+    newest = max([newest, *map(entry_number, list_history(root, name))])  # readers compare with damaged ones too
     seen = max(read_last_seen(root, name, signed=signed).get("sequence", 0) for signed in (False, True))
     after = document | {"sequence": max(newest, seen, current.document.get("sequence", 0)) + 1, "repaired": True,
                         "published": round(time.time(), 3), "previous": candidates[0]["version"]}
@@ -220,8 +231,9 @@ def _find_candidates(root: str, name: str, keys: ReleaseKeys, data: bytes | None
         documents.insert(0, pointer)  # its entry in the history is damaged or missing
         newest = pointer["sequence"]
     releases = [document for document in _from_releases(root, name) if not keys.find_fault(name, document)]
-    seen = Published(root, name, data, documents[0] if documents else {}, keys).last_seen_sequence()
-    if not documents or seen <= newest:
+    newest_known = Published(root, name, data, documents[0] if documents else {}, keys)
+    seen = newest_known.last_seen_sequence()
+    if not documents or (seen <= newest and not find_later_base(newest_known)):
         return documents or releases, range(0)
     known = max(document["number"] for document in documents)
     later = [release for release in releases if release["number"] > known]
@@ -232,14 +244,17 @@ def _find_candidates(root: str, name: str, keys: ReleaseKeys, data: bytes | None
 
 def _publications(root: str, name: str, keys: ReleaseKeys) -> Iterator[dict[str, Any]]:
     """The publications in the history that can be read and trusted, the newest first, each version once."""
-    base, versions = storage.join(root, "published", name), set()
-    for file in reversed([file for file in storage.list_files(base) if file[:-5].isdigit()]):
-        document = parse_pointer(storage.read_bytes(storage.join(base, file)))
+    documents, versions = [], set()
+    for url in list_history(root, name):
+        document = read_entry(url)
         if document is None:
-            _log.warning("repair: %s is damaged and is not used", storage.join(base, file))
+            _log.warning("repair: %s is damaged and is not used", url)
         elif fault := keys.find_fault(name, document):
-            _log.warning("repair: %s %s; it is not used", storage.join(base, file), fault)
-        elif document["version"] not in versions:
+            _log.warning("repair: %s %s; it is not used", url, fault)
+        else:
+            documents.append(document)
+    for document in sorted(documents, key=lambda document: document["sequence"], reverse=True):
+        if document["version"] not in versions:
             versions.add(document["version"])
             yield document
 

@@ -1,5 +1,6 @@
 """Which versions of a published dataset are undamaged, and the commands that replace a damaged one."""
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,39 @@ def list_publications(current: Published) -> dict[str, dict[str, Any]]:
             publications.pop(document["version"], None)
             publications[document["version"]] = document
     return publications
+
+
+def find_references(current: Published) -> dict[str, str]:
+    """The versions that were published according to later publications and releases, and what says so.
+
+    It is known even if the release of such a version and its entry in the history are lost.
+    """
+    references = {}
+    for document in current.history():
+        for key in ("previous", "rolled_back"):
+            if version := document.get(key):
+                references.setdefault(version, f"publication {document['sequence']} took its place")
+    for version in current.versions():
+        with contextlib.suppress(DamagedFile):
+            release, _ = release_files.read_release(Dataset(current.root, current.name, version))
+            if release and release.get("base"):
+                references.setdefault(release["base"], f"{version} was built on it")
+    return references
+
+
+def find_later_base(current: Published) -> str:
+    """A sentence if a release was built on a version that is newer than all publications, "" if none was.
+
+    The pointer and the end of the history were removed or replaced then. A version whose rebuild was killed has a
+    release too, but no other was built on it.
+    """
+    if current.keys.accepted:  # it trusts signed publications alone, and releases have no signature of their own
+        return ""
+    newest = max((published.version_number(document.get(key) or "") for document in current.history()
+                  for key in ("version", "previous", "rolled_back")), default=0)
+    return next((f"is an older one: {said}, and no publication names {version}"
+                 for version, said in find_references(current).items() if published.version_number(version) > newest
+                 ), "")
 
 
 def find_fault(current: Published, document: Mapping[str, Any]) -> str:

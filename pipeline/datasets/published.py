@@ -14,12 +14,21 @@ import re
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 from pipeline import storage
 from pipeline.datasets import version_marks
 from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
+from pipeline.datasets.history import (
+    add_entry,
+    entry_number,
+    find_gaps,
+    hash_first,
+    history_url,
+    is_same_publication,
+    list_history,
+    read_entry,
+)
 from pipeline.datasets.last_seen import read_last_seen, write_last_seen
 from pipeline.datasets.pointer import DamagedPointer, parse_pointer, read_pointer
 from pipeline.datasets.release_files import (
@@ -83,8 +92,7 @@ class Published:
         if fault := self.keys.find_fault(self.name, self.document):
             return fault
         sequence = self.document.get("sequence", 0)
-        files = _numbered(storage.list_names(self._history_folder))
-        newest = max((int(file[:-5]) for file in files), default=0)
+        newest = max(map(entry_number, list_history(self.root, self.name)), default=0)
         if not self.document and newest:
             return f"is missing, and {newest} publications are in the history"
         if not self.document and (successor := find_successor(self.root, self.name)):
@@ -92,20 +100,20 @@ class Published:
         if sequence < newest:
             return f"is an older one: it has number {sequence}, and the history goes up to {newest}"
         if sequence == newest and sequence:
-            listed = parse_pointer(storage.read_bytes(self._history_url(sequence))) or {}
-            if any(listed.get(key) != self.document[key] for key in ("version", "release")):
+            listed = parse_pointer(storage.read_bytes(history_url(self.root, self.name, sequence))) or {}
+            if not is_same_publication(listed, self.document):
                 return f"is not publication {sequence} of the history"
-        return self._find_rollback(sequence, files)
+        return self._find_rollback(sequence, newest)
 
-    def _find_rollback(self, sequence: int, files: list[str]) -> str:
+    def _find_rollback(self, sequence: int, newest: int) -> str:
         """A disagreement of the pointer with the last one that this machine has seen; "" without one."""
         if (seen := self.last_seen_sequence()) > sequence:
             return f"is an older one: it has number {sequence}, and this machine has seen {seen}"
         if self._is_signed:
             if seen < sequence:
                 write_last_seen(self.root, self.name, sequence, "", signed=True)
-        elif files and read_last_seen(self.root, self.name).get("sequence") != sequence:
-            write_last_seen(self.root, self.name, sequence, self._hash_first())
+        elif newest and read_last_seen(self.root, self.name).get("sequence") != sequence:
+            write_last_seen(self.root, self.name, sequence, hash_first(self.root, self.name))
         return ""
 
     def last_seen_sequence(self) -> int:
@@ -114,13 +122,7 @@ class Published:
             return read_last_seen(self.root, self.name, signed=True).get("sequence", 0)
         seen = read_last_seen(self.root, self.name)
         is_newer = seen.get("sequence", 0) > self.document.get("sequence", 0)
-        return seen["sequence"] if is_newer and seen.get("first") == self._hash_first() else 0
-
-    def _hash_first(self) -> str:
-        """sha256 of the first entry of the history; "" without one."""
-        files = _numbered(storage.list_files(self._history_folder))
-        url = storage.join(self._history_folder, files[0]) if files else ""
-        return hashlib.sha256(storage.read_bytes(url)).hexdigest() if url else ""
+        return seen["sequence"] if is_newer and seen.get("first") == hash_first(self.root, self.name) else 0
 
     @property
     def _is_signed(self) -> bool:
@@ -193,17 +195,14 @@ class Published:
         """Numbers of publications that are missing in the history since the last repair."""
         history = self.history()
         first = max((document["sequence"] for document in history if document.get("repaired")), default=1)
-        there = {document["sequence"] for document in history} | {int(url.rpartition("/")[2][:-5])
-                                                                  for url in self.damaged_history()}
-        pairs = pairwise([first - 1, *sorted(number for number in there if number >= first)])
-        return [range(before + 1, after) for before, after in pairs if after > before + 1]
+        return find_gaps({document["sequence"] for document in history} | set(map(entry_number, self.entries)), first)
 
     @cached_property
     def entries(self) -> dict[str, dict[str, Any] | None]:
-        """The entries of the history by URL; None for those that cannot be read."""
-        files = _numbered(storage.list_names(self._history_folder))
-        urls = [storage.join(self._history_folder, file) for file in files]
-        return dict(zip(urls, storage.map_urls(_read_entry, urls), strict=True))
+        """The entries of the history by URL; None for those that cannot be read, or are in the place of another."""
+        urls = list_history(self.root, self.name)
+        return {url: document if document and document["sequence"] == entry_number(url) else None
+                for url, document in zip(urls, storage.map_urls(read_entry, urls), strict=True)}
 
     def unpublished_since(self, version: str) -> float | None:
         """When a version ceased to be the published one, None if it never was; infinity if it is.
@@ -222,7 +221,7 @@ class Published:
     def _publication_time(self, sequence: int) -> float:
         """When a publication was written. The newest may be missing in the history for a moment."""
         try:
-            return storage.modified_time(self._history_url(sequence))
+            return storage.modified_time(history_url(self.root, self.name, sequence))
         except FileNotFoundError:
             return storage.modified_time(storage.join(self.folder, "current.json"))
 
@@ -246,10 +245,10 @@ class Published:
         after = self.keys.sign(self.name, after)
         version_marks.mark_publishing(dataset, sequence)
         if self.document:  # the publisher may have been killed before it did so
-            self._add_to_history(self.document)
+            add_entry(self.root, self.name, self.document)
         if not self._swap(after):
             return False
-        self._add_to_history(after)
+        add_entry(self.root, self.name, after)
         if version_marks.is_removing(dataset) or find_changed_manifests(dataset, release["manifests"]):
             if self.document:
                 Published(self.root, self.name, storage.json_bytes(after), after, self.keys).replace(
@@ -267,7 +266,7 @@ class Published:
         document = self.keys.sign(self.name, document)
         if not self._swap(document):
             return False
-        self._add_to_history(document)
+        add_entry(self.root, self.name, document)
         return True
 
     @property
@@ -278,7 +277,7 @@ class Published:
     def sign_again(self, **more: Any) -> bool:
         """Publish the same version again with a signature of this command's key; False if another took its place."""
         now = round(time.time(), 3)
-        self._add_to_history(self.document)  # its publisher may have been killed before it did so
+        add_entry(self.root, self.name, self.document)  # its publisher may have been killed before it did so
         again = {"sequence": self._next_sequence(), "published": now, "checked": now}
         return self.replace(self.document | again | more)
 
@@ -307,35 +306,6 @@ class Published:
         data = storage.json_bytes(document)
         # If the answer of S3 is lost, boto sends the request again, and the pointer is then another one: this one.
         return storage.swap_bytes(data, url, self.data) or read_pointer(self.root, self.name) == data
-
-    def _add_to_history(self, document: dict[str, Any]) -> None:
-        """Write an entry of the history. DamagedFile if something else is in its place."""
-        url = self._history_url(document["sequence"])
-        if not storage.create_bytes(storage.json_bytes(document), url):
-            there = parse_pointer(storage.read_bytes(url)) or {}
-            if any(there.get(key) != document[key] for key in ("version", "release")):
-                raise DamagedFile(f"{url} is not the publication of {self.name}@{document['version']}, which has this "
-                                  f"number\nhint: remove {url}; then python -m jobs verify")
-
-    @property
-    def _history_folder(self) -> str:
-        return storage.join(self.root, "published", self.name)
-
-    def _history_url(self, sequence: int) -> str:
-        return storage.join(self._history_folder, f"{sequence:06d}.json")
-
-
-def _read_entry(url: str) -> dict[str, Any] | None:
-    """An entry of the history; None if it is damaged, or no file."""
-    try:
-        return parse_pointer(storage.read_bytes(url))
-    except DamagedFile:
-        return None
-
-
-def _numbered(files: list[str]) -> list[str]:
-    """The files of a history: other files may be in the folder."""
-    return [file for file in files if re.fullmatch(r"\d+\.json", file)]
 
 
 def open_dataset(root: str, text: str, pinned: str = "", keys: ReleaseKeys | None = None) -> Dataset:
