@@ -32,7 +32,7 @@ def find_references(current: Published) -> dict[str, str]:
 
     It is known even if the release of such a version and its entry in the history are lost.
     """
-    references = {}
+    references: dict[str, str] = {}
     for document in current.history():
         for key in ("previous", "rolled_back"):
             if version := document.get(key):

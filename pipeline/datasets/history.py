@@ -1,4 +1,4 @@
-"""The history of a published dataset: each pointer that there was, in a file of its own.
+"""The history of a published dataset: each pointer that there was, in its own file.
 
     <root>/published/<name>/000007.json    the seventh current.json
 
@@ -56,9 +56,9 @@ def add_entry(root: str, name: str, document: dict[str, Any]) -> None:
                               f"hint: remove {url}; then python -m jobs verify")
 
 
-def is_same_publication(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def is_same_publication(document: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two documents name the same version with the same release, under the same number."""
-    return all(one.get(key) == other.get(key) for key in ("sequence", "version", "release"))
+    return all(document.get(key) == other.get(key) for key in ("sequence", "version", "release"))
 
 
 def find_gaps(numbers: set[int], first: int) -> list[range]:

@@ -46,10 +46,10 @@ def _table(root: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
 @pytest.mark.parametrize("pair", [(1, 2), (2, 3)])
 def test_entries_that_were_swapped_are_put_back(third: Path, pair: tuple[int, int],
                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    root, (one, other) = str(third / "root"), (_entry(third, number) for number in pair)
-    before = one.read_bytes(), other.read_bytes()
-    one.write_bytes(before[1])
-    other.write_bytes(before[0])
+    root, (left, right) = str(third / "root"), (_entry(third, number) for number in pair)
+    before = left.read_bytes(), right.read_bytes()
+    left.write_bytes(before[1])
+    right.write_bytes(before[0])
     assert main(["verify", "--quick", "--root", root]) == 1
     out, err = capsys.readouterr()
     if 3 in pair:
@@ -58,7 +58,7 @@ def test_entries_that_were_swapped_are_put_back(third: Path, pair: tuple[int, in
         assert "000001.json: is publication 2: another one was here" in out and "is missing" not in out
     assert f"hint: python -m jobs repair --root {root} {NAME}" in err
     assert main(["repair", NAME, "--root", root]) == 0
-    assert (one.read_bytes(), other.read_bytes()) == before
+    assert (left.read_bytes(), right.read_bytes()) == before
     assert Published.load(root, NAME).document["sequence"] == 3
     assert main(["verify", "--quick", "--root", root]) == 0
 
