@@ -17,7 +17,7 @@ _ROBOTS_WITH_VALUE = {"max-snippet", "max-image-preview", "max-video-preview", "
 def robots_directives(tags: Iterable[str], agent: str) -> set[str]:
     """The directives of X-Robots-Tag headers that apply to everybody or to `agent`.
 
-    A name before a colon addresses the rest of its header, up to the next name.
+    A name before a colon addresses the rest of its header, up to the next name. `none` stands for noindex and nofollow.
     """
     directives = set()
     for tag in tags:
@@ -27,7 +27,7 @@ def robots_directives(tags: Iterable[str], agent: str) -> set[str]:
             if colon and name not in _ROBOTS_WITH_VALUE and TOKEN.fullmatch(name):
                 ours, name = name in {"*", agent}, rest
             if ours:
-                directives.add(name)
+                directives |= {"none", "noindex", "nofollow"} if name == "none" else {name}
     return directives
 
 

@@ -144,9 +144,10 @@ class AdoptEmbeddings(Embed):
         for sample, sha256 in zip(samples, hashes, strict=True):
             places, exact = folder.find(sample["__key__"])
             settled = len(places) < 2 and not recurring.has(sample["__key__"], exact=exact)
-            if not settled and (same := [place for place in places if sha256 and folder.sha256(place) == sha256]):
-                places, settled = same[:1], True
-            candidates.append(SampleVectors([folder.vector(place) for place in places], settled))
+            same = [] if settled else [place for place in places if sha256 and folder.sha256(place) == sha256]
+            vectors = [folder.vector(place) for place in same or places]
+            settled |= bool(same) and all(np.array_equal(vector, vectors[0]) for vector in vectors)
+            candidates.append(SampleVectors(vectors, settled))
         return candidates
 
     def _has_direction(self, vector: np.ndarray) -> bool:

@@ -56,7 +56,8 @@ def _may_hold(kind: pa.DataType, parts: list[str]) -> bool:
 def cell_at(cells: Mapping[str, Any], expression: str) -> Any:
     """The value that an expression has in a row, None without one. A path through a list gives a list of values.
 
-    A template has no value if one of its cells is empty. If it is a URL, its cells are percent-encoded.
+    A template has no value if one of its cells is empty. If it is a URL, its cells are percent-encoded. Whole numbers
+    have no point: pandas makes floats of integers beside nulls.
     """
     if expression in cells:
         return cells[expression]
@@ -67,7 +68,9 @@ def cell_at(cells: Mapping[str, Any], expression: str) -> Any:
 
 
 def _fill(cells: Mapping[str, Any], template: str) -> str | None:
-    texts = {field: cell_text(_follow(cells, field)).strip() for field in _FIELD.findall(template)}
+    values = {field: _follow(cells, field) for field in _FIELD.findall(template)}
+    texts = {field: cell_text(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+             for field, value in values.items()}
     if not all(texts.values()):
         return None
     if "://" in template:

@@ -7,12 +7,14 @@ import hashlib
 import json
 import logging
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.rows.column_types import ColumnTypes
 from pipeline.sources.list_columns import Columns, choose_columns, describe_layout
 from pipeline.sources.patterns import is_pattern
 from pipeline.sources.source import Source, parse_row_filter
@@ -49,6 +51,19 @@ class ListSource(Source):
         if self.partitions:
             summaries += [json.dumps(self._partition_cells(address)) for address in self.addresses]
         return hashlib.sha256("\n".join(summaries).encode()).hexdigest()
+
+    def column_types(self) -> dict[str, str]:
+        types = ColumnTypes()
+        for name, kind in self.partitions.items():
+            types.add(name, kind)
+        for columns in self._add_types(types):
+            for name, _ in columns.added:
+                types.add(name, "string")
+        return types.by_column()
+
+    @abstractmethod
+    def _add_types(self, types: ColumnTypes) -> Iterator[Columns]:
+        """Add the types of the stored columns. Yields what the columns of each file are."""
 
     @abstractmethod
     def _summaries(self) -> list[str]:

@@ -40,17 +40,12 @@ class ParquetLists(ListSource):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_schemas": {}}
 
-    def column_types(self) -> dict[str, str]:
-        types = ColumnTypes()
-        for name, kind in self.partitions.items():
-            types.add(name, kind)
+    def _add_types(self, types: ColumnTypes) -> Iterator[Columns]:
         for address, schema in self._distinct_schemas():
             columns = self._choose_columns(schema, address, self.columns)
             named = name_classes(schema.empty_table(), class_features(schema))[0].schema
             types.add_schema(named, columns.not_stored, self._text_columns)
-            for name, _ in columns.added:
-                types.add(name, "string")
-        return types.by_column()
+            yield columns
 
     def parts(self) -> Iterator[Part]:
         need, first = self.config.rows_per_shard, 0

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from pipeline.media.sample_names import CAPTION_SUFFIXES, IMAGE_SUFFIXES
 from pipeline.rows.column_names import find_caption_columns
 from pipeline.rows.column_types import ColumnTypes
 from pipeline.rows.rows import Part, ReadReport, Row, json_cells
+from pipeline.sources.folder_files import count_text
 from pipeline.sources.source import PACKED_TARS, Source, parse_row_filter
 from pipeline.tables.cells import JsonDecoder, cell_text, decode_text
 
@@ -35,6 +37,7 @@ _TYPE_MEMBERS, _TYPE_BYTES = 8 * _BATCH, 64 << 20
 # Largest number of samples of a tar. Rows of tar 3 have the numbers from 3,000,000,000 on, so no driver counts them.
 STEP = 10**9
 _NUMBER = re.compile("-?[0-9]{1,18}")
+_USED_SUFFIXES = {"json", "cls", *CAPTION_SUFFIXES, *IMAGE_SUFFIXES}
 
 
 class TarSource(Source):
@@ -192,11 +195,13 @@ def sample_caption(sample: dict[str, Any], meta: dict[str, Any], column: str = "
 
 
 class ImageChoice:
-    """Makes a row of each sample, and counts samples that have other images too."""
+    """Makes a row of each sample, and counts samples that have other images too, and members that no row takes."""
 
     def __init__(self, config: ShardConfig) -> None:
         self._config = config
         self._others, self._example = 0, ""
+        self._unused: Counter[str] = Counter()
+        self._named = {*_names(config.image_key), *_names(config.caption_key), "__key__"}
 
     def row(self, number: int, sample: dict[str, Any], *, has_captions: bool) -> Row:
         """The row of a sample. `has_captions`: its tar has members with captions."""
@@ -208,14 +213,17 @@ class ImageChoice:
             remarks.append("caption_missing")
         if is_json_unreadable(sample, meta, suffix):
             remarks.append("json_unreadable")
+        self._unused.update(f".{name}" for name in sample
+                            if name not in self._named and name.rpartition(".")[2] not in _USED_SUFFIXES)
         return Row(number, cell_text(meta.get("url")) or sample["__key__"], caption,
                    json_cells(meta | {"source_key": sample["__key__"]}), remarks=remarks,
                    data=sample[suffix] if suffix else None, missing=missing)
 
     def remarks(self, tar_name: str) -> list[tuple[str, str, str]]:
-        """(key, reason, detail) of samples with several images, for the ledger."""
-        return [(tar_name, "other_images", f"{self._others} samples have images beside the one that was taken, as "
-                                           f"{self._example}; --image-key takes another")] if self._others else []
+        """(key, reason, detail) of samples with several images and of members of no use, for the ledger."""
+        others = [(tar_name, "other_images", f"{self._others} samples have images beside the one that was taken, as "
+                                             f"{self._example}; --image-key takes another")] if self._others else []
+        return [*others, *([(tar_name, "unused_members", count_text(self._unused))] if self._unused else [])]
 
     def _choose(self, sample: dict[str, Any]) -> tuple[str, str]:
         """The suffix of the image of a sample, or "" and why it has none."""

@@ -45,21 +45,16 @@ class TextLists(ListSource):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_headless": {}}
 
-    def column_types(self) -> dict[str, str]:
-        types = ColumnTypes()
-        for name, kind in self.partitions.items():
-            types.add(name, kind)
+    def _add_types(self, types: ColumnTypes) -> Iterator[Columns]:
         for address in self.addresses:
             for batch, columns in self._batches_with_columns(address):
-                for name, _ in columns.added:
-                    types.add(name, "string")
                 for row in batch:
                     types.add_row({name: cell for name, cell in row.cells.items()
                                    if name not in columns.not_stored or isinstance(cell, list | dict)})
+                yield columns
                 # All cells of these are text, so one row tells the types.
                 if not _may_grow(address, batch) and any(row.cells for row in batch):
                     break
-        return types.by_column()
 
     def parts(self) -> Iterator[Part]:
         need, number, position, filtered = self.config.rows_per_shard, 0, 0, 0

@@ -110,6 +110,7 @@ def test_idle_connections_to_many_hosts_do_not_pile_up(site, names):
     (["max-image-preview:large"], "", True), (["unavailable_after: 25 Jun 2030 15:00:00 PST"], "", True),
     (["unavailable_after: Tue, 25 Jun 2030 15:00:00 PST, noai"], "", False), ([" , ,:, noai "], "", False),
     (["noaix, xnoai"], "", True), (["otherbot:noai"], "", True),
+    (["none"], "", False), (["otherbot: none"], "", True),
     (["*: noai"], "", False), (["otherbot: noai, *: noindex"], "", False),
 ])
 def test_robots_directives_are_obeyed(site, tags, agent, kept):

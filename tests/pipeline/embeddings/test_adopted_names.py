@@ -80,6 +80,16 @@ def test_repeated_keys_match_their_vectors_without_hashes_in_any_order(place, ex
     check_adopted(dataset, folder, exported)
 
 
+def test_of_several_vectors_with_one_hash_the_image_chooses(place, exported):
+    dataset, folder = place
+
+    def add_wrong_vectors(table: pa.Table, vectors: np.ndarray) -> tuple[pa.Table, np.ndarray]:
+        return pa.concat_tables([table, table]), np.concatenate([np.roll(vectors, 1, 0), vectors])
+
+    rewrite(folder, add_wrong_vectors)
+    check_adopted(dataset, folder, exported)
+
+
 def test_paths_of_files_find_their_keys(place, exported):
     def change(table: pa.Table, vectors: np.ndarray) -> tuple[pa.Table, np.ndarray]:
         names = [f"/home/some one/images/{name.removeprefix('./')}.x.jpeg" for name in table["image_path"].to_pylist()]

@@ -116,7 +116,12 @@ def test_vectors_in_another_order_are_refused_even_if_the_first_match(copied, ex
 def test_inconsistent_folders_are_refused(copied, exported, tmp_path):
     with pytest.raises(ValueError, match="has no img_emb"):
         run_stage(AdoptEmbeddings(copied, CONFIG, str(tmp_path)))
-    path = sorted((exported / "img_emb").iterdir())[0]
+    path, last = (sorted((exported / "img_emb").iterdir())[place] for place in (0, -1))
+    content = last.read_bytes()
+    last.unlink()
+    with pytest.raises(ValueError, match=r"metadata/metadata_.* has no vectors beside it"):
+        run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)))
+    last.write_bytes(content)
     np.save(path, np.load(path)[1:])
     with pytest.raises(StageFailed, match="29 rows, its metadata 30"):
         run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)))

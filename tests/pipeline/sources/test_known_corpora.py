@@ -226,14 +226,15 @@ def test_tsv_with_a_header_keeps_it(tmp_path, image_site):
 
 
 CELLS = {"a": {"b": [{"c": "x"}, {"c": ""}, {"c": "y", "d": [1, 2]}], "": 0}, "a.e": "dotted", "f": '{"g": ["h"]}',
-         "id": "1 2/#", "none": None, "with;": "semicolon"}
+         "id": "1 2/#", "none": None, "with;": "semicolon", "whole": 17.0, "half": 0.5}
 
 
 @pytest.mark.parametrize(("expression", "value"), [
     ("a.e", "dotted"), ("a.b.c", ["x", "y"]), ("a.b.d", [1, 2]), ("f.g", ["h"]), ("a.x.y", None), ("z", None),
     ("a.b.0.c", "x"), ("a.b.9.c", None),
     ("with;", "semicolon"), ("none;a.x;a.e", "dotted"), ("https://h/{id}/0.jpg?q={a.b.c}", "https://h/1%202/%23/0.jpg?q=x"),
-    ("{id}: {a.e}", "1 2/#: dotted"), ("{id} {none}", None), ("id.x", None)])
+    ("{id}: {a.e}", "1 2/#: dotted"), ("{id} {none}", None), ("id.x", None),
+    ("https://h/{whole}/{half}.jpg", "https://h/17/0.5.jpg")])
 def test_paths_and_templates_give_urls(expression, value):
     assert cell_at(CELLS, expression) == value
 

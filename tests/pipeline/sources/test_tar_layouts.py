@@ -70,7 +70,8 @@ def test_the_beginning_of_a_cut_compressed_tar_is_read(pack, tmp_path, monkeypat
     whole = pack(data)
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "0.tar.gz").write_bytes(whole[:len(whole) * 3 // 4])
-    assert notes(tmp_path / "1", tmp_path / "cut") == {("0.tar.gz", "tar_cut", False)}
+    assert notes(tmp_path / "1", tmp_path / "cut") == {
+        ("0.tar.gz", "tar_cut", False), ("0.tar.gz", "unused_members", True)}
     monkeypatch.setattr(packed, "LEAST_LIMIT_BYTES", 0)
     monkeypatch.setattr(packed, "MOST_RATIO", 1)
     (tmp_path / "cut" / "0.tar.gz").write_bytes(whole)
@@ -172,6 +173,14 @@ def test_an_image_is_taken_and_its_mask_is_named(tmp_path):
     assert rows_of(tmp_path / "0", tmp_path / "tars") == [("a", "", 1), ("b", "", 2)]
     assert notes(tmp_path / "1", tmp_path / "tars") == {("0.tar", "other_images", True)}
     assert notes(tmp_path / "2", tmp_path / "tars", image_key="png") == set()
+
+
+def test_members_of_no_use_are_counted_by_suffix(tmp_path):
+    write_tar(tmp_path / "tars" / "0.tar", [*sample("a", 0), ("a.npy", b"x"), ("a.cls", b"1"), *sample("b", 1),
+                                            ("b.npy", b"x"), ("b.info.bin", b"x")])
+    dataset, manifest = shard_source(tmp_path / "0", tmp_path / "tars")
+    assert [(entry["reason"], entry["detail"]) for entry in ledger(dataset, manifest)] == [
+        ("unused_members", "2 .npy, 1 .info.bin")]
 
 
 def test_names_with_dots_keep_their_images_captions_and_json(tmp_path):

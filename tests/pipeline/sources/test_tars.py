@@ -118,7 +118,8 @@ def test_members_outside_samples_are_counted_and_the_rest_is_read(tmp_path):
     assert remarks == {(name, "unsafe_member") for name in unsafe} | {
         ("below/._2.png", "hidden_member"), ("a.tar", "other_images"),
         *((name, "ignored_member") for name in ("README", "__meta__/x.json", "._2.png")),
-        ("below/2", "caption_missing"), ("7", "json_unreadable")} | {(key, "caption_missing") for key in "4567"}
+        ("below/2", "caption_missing"), ("7", "json_unreadable"), ("8", "cell_changed")} | {
+            (key, "caption_missing") for key in "4567"}
     assert manifest["totals"]["skipped"] == {"picture_missing": 1, "not_a_picture": 1}
     assert not (tmp_path / "outside.png").exists()
     assert path.exists()
