@@ -14,7 +14,7 @@ GROUPS = 32  # of the group norms
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of a UNet; attention runs where the patched image is downsampled by these factors."""
+    """Sizes of a UNet."""
 
     in_channels: Annotated[int, Ge(1)] = 3
     """Channels of the input: 3 for images, the channels of the first stage for latents."""
@@ -27,7 +27,7 @@ class UNetConfig:
     num_res_blocks: Annotated[int, Ge(1)] = 2
     """Residual blocks of each level."""
     attention_downsampling: tuple[Annotated[int, Ge(1)], ...] = (8, 4, 2)
-    """Levels with attention, by the factor that they downsample by."""
+    """Levels with attention, each by its downsampling factor after patches."""
     head_dim: Annotated[int, Ge(1)] = 32
     """Channels of an attention head."""
     depth: Annotated[int, Ge(1)] = 1
@@ -35,7 +35,7 @@ class UNetConfig:
     context_dim: Annotated[int, Ge(1)] = 512
     """Length of a context vector: that of the CLIP embedding."""
     patch: Annotated[int, Ge(1)] = 1
-    """Pixels a side that become one position of the network."""
+    """Side in pixels of a patch. Each patch is one position of the network."""
     checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
     learned_null: bool = False
@@ -55,7 +55,7 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """Noise schedule and target; betas are squares of a linear ramp between square roots.
+    """Noise schedule and target. The square roots of the betas increase linearly.
 
     * "epsilon" is the prediction of the published checkpoints.
     * "x0" suits a network that is narrower than its patches: images fit through it, noise does not (Li and He 2025,
@@ -73,7 +73,7 @@ class DiffusionConfig:
     prediction: Literal["epsilon", "v", "x0", "flow"] = "epsilon"
     """The target of the network: the noise, the velocity, the image, or the velocity of a flow."""
     min_snr: Annotated[float, Ge(0)] = 0.0
-    """Weigh noise levels by their signal-to-noise ratio, up to this (5 is usual); 0 weighs as the target does."""
+    """Weigh noise levels by their signal-to-noise ratio, up to this value (usually 5). 0: no weights."""
 
     def __post_init__(self) -> None:
         check_bounds("train.diffusion", self)
@@ -84,7 +84,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a training run; batches are counted over all processes, times in steps."""
+    """Settings of a training run. Sizes of batches are for all processes together."""
 
     steps: Annotated[int, Ge(1)]
     """Updates of the weights."""
@@ -109,11 +109,11 @@ class TrainConfig:
     p_uncond: Annotated[float, Interval(ge=0, le=1)] = 0.1
     """Share of the images that are trained without neighbors. Guidance needs this null condition."""
     k: Annotated[int, Ge(1)] = 4
-    """Context vectors of an image: the first k of those in the batch."""
+    """Number of neighbors in the context of an image: the nearest ones."""
     random_k: bool = False
-    """Use a random number of context vectors, from 1 to k, in each step."""
+    """Use a random number of neighbors, from 1 to k, in each step."""
     p_drop_neighbor: Annotated[float, Interval(ge=0, le=1)] = 0.0
-    """Share of the single neighbors that are replaced by zeros."""
+    """Probability that a neighbor is replaced by zeros."""
     neighbor_noise: Annotated[float, Interval(ge=0, lt=inf)] = 0.0
     """Length of the Gaussian noise that is added to each neighbor's vector. The vector keeps its length."""
     own: Literal["none", "image", "caption"] = "none"

@@ -162,8 +162,8 @@ class SampleOptions:
                           "sample emoji_32 --image apple.jpg --database noto:3+openmoji:1 --seed 7")
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=(
-        "Name of the run. Without --prompt, --image and the like: the prompt, for the newest run with the encoder of "
-        "the database, or else the bundled model."))]
+        "Name of the run. Without --prompt, --prompts, --image and --unconditional, this is the first prompt. The run "
+        "is then the newest one with the encoder of the database, or else the bundled model."))]
     sample: Flat[SampleConfig]
     embed: Unflagged[EmbedConfig]
     cluster: Flat[ClusterConfig]
@@ -333,7 +333,7 @@ class ExportOptions:
     checkpoint: int = 0
     """Step of the checkpoint. 0: the newest."""
     json: bool = False
-    """Print the result as JSON, as it is printed without a terminal."""
+    """Print the result as JSON. This is the default without a terminal."""
 
 
 def run_export(options: ExportOptions) -> int:

@@ -46,10 +46,10 @@ class StageOptions:
     overwrite: bool = False
     """Empty the folder of this stage first, with everything below it (the samples of a run)."""
     tracker: tyro.conf.UseAppendAction[tuple[Literal["auto", "none", "wandb", "tensorboard", "mlflow"], ...]] = ()
-    """Report to a tracker too; may be repeated. auto, the default: wandb, for training always (offline without
-    WANDB_API_KEY), for other stages with a key."""
+    """Report to a tracker. May be repeated. Default: auto, which is wandb: always for training (offline without
+    WANDB_API_KEY), with a key also for other stages."""
     json: bool = False
-    """Print the result as JSON, as it is printed without a terminal."""
+    """Print the result as JSON. This is the default without a terminal."""
 
 
 Dataset = Annotated[str, tyro.conf.Positional,

@@ -52,7 +52,7 @@ class PipelineOptions:
     train_run: Annotated[str, tyro.conf.arg(name="train", metavar="RUN")] = ""
     """Also train this run, with neighbors in the database or, without one, in the dataset itself."""
     json: bool = False
-    """Print the result as JSON, as it is printed without a terminal."""
+    """Print the result as JSON. This is the default without a terminal."""
 
 
 def run_pipeline(options: PipelineOptions) -> int:

@@ -63,7 +63,7 @@ class RebuildOptions:
     common: Flat[CommonOptions]
     signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
     json: bool = False
-    """Print the result as JSON, as it is printed without a terminal."""
+    """Print the result as JSON. This is the default without a terminal."""
 
     def read_published_settings(self) -> "PublishedSettings | None":
         """The settings of the published version; None if nothing is published."""
@@ -207,7 +207,7 @@ class RollbackOptions:
     """The version, for example v2. Default: the newest undamaged earlier one."""
     signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
     json: bool = False
-    """Print the result as JSON, as it is printed without a terminal."""
+    """Print the result as JSON. This is the default without a terminal."""
 
 
 def run_rollback(options: RollbackOptions) -> int:
@@ -235,7 +235,7 @@ class RepairOptions:
     """Accept the loss of publications that this machine has seen. An earlier version is published again then."""
     signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
     json: bool = False
-    """Print the result as JSON, as it is printed without a terminal."""
+    """Print the result as JSON. This is the default without a terminal."""
 
 
 def run_repair(options: RepairOptions) -> int:

@@ -15,17 +15,17 @@ class ClusterConfig:
     workers: Annotated[int, Ge(1)] = 2
     """Actors of a stage, or processes of a training run."""
     min_workers: Annotated[int, Ge(0)] = 0
-    """Least processes with which a training run continues after it lost a node. 0: it waits for all of them."""
+    """Number of processes with which a training run continues after it lost a node. 0: it waits for all."""
     resize_every: Annotated[float, Ge(0)] = 60.0
     """Seconds between checks for returned nodes. The run uses them from its newest checkpoint on."""
     cpus: Annotated[float, Ge(0)] = 1.0
     """Cores that each worker reserves."""
     gpus: Annotated[float | None, Ge(0)] = None
-    """GPUs that each worker of a stage with tensors reserves: 1, or a part of one that workers share. 0: use the CPU.
-    Default: the CPU on a cluster, and with --local the GPU if there is one."""
+    """GPUs that a worker reserves: 1, or a part that workers share, such as 0.5. 0: use the CPU. Default: the CPU on a
+    cluster; with --local the GPU if there is one."""
     decoders: Annotated[int, Ge(0)] = 0
-    """Actors of a core each, on nodes without a GPU, that decode images for the workers of embed: where the cores
-    beside a GPU do not keep it busy; 0: each worker decodes its own."""
+    """Actors on nodes without a GPU, with one core each, that decode images for the workers of embed. Use them if the
+    cores beside a GPU decode too slowly. 0: the workers decode all images."""
     max_failures: Annotated[int, Ge(0)] = 3
     """Restarts of a training run after the loss of a worker."""
 

@@ -11,7 +11,7 @@ from pipeline.versions.config import GatesConfig
 
 @dataclass(frozen=True)
 class RebuildConfig:
-    """How a version is made from the last one."""
+    """How a version is made from the version before."""
 
     rewrite: Annotated[float, Interval(ge=0, le=1)] = 0.25
     """A shard that lost a larger share of its rows is written again. In other shards, searches hide the lost rows."""

@@ -20,7 +20,7 @@ class SampleConfig:
     guidance: Annotated[float, Interval(gt=-inf, lt=inf)] = 2.0
     """Guidance scale s: eps_u + s (eps_c - eps_u); 1 means no guidance."""
     seed: int = 0
-    """Seed of the noise; a prompt starts from the same noise in every database."""
+    """Seed of the noise. A prompt starts from the same noise in every database."""
     steps: Annotated[int, Ge(1)] = 50
     """Steps of the sampler."""
     sampler: Literal["ddim", "dpm++", "euler", "heun"] = "ddim"
@@ -28,13 +28,14 @@ class SampleConfig:
     eta: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """Noise that ddim adds in each step: 0 none, 1 as much as the diffusion process of training."""
     text_guidance: Annotated[float, Interval(ge=-1, lt=inf)] = -1.0
-    """Separate guidance scale for the vector of the prompt; `guidance` is then for the neighbors. -1: one scale."""
+    """Separate guidance scale for the vector of the prompt. `guidance` is then only for the neighbors. -1: one
+    scale."""
     batch_size: Annotated[int, Ge(1)] = 16
     """Images generated at the same time."""
     ema: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """Rate of the average of weights (EMA) to sample with; 0: the first one of the run."""
+    """Sample with the averaged weights (EMA) of this rate. 0: those of ema_decay."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """Precision of the network; auto: bf16 if it is faster on the machine, which changes some pixels."""
+    """Precision of the network. auto: bf16 if it is faster on the machine. This changes some pixels."""
 
     def __post_init__(self) -> None:
         check_bounds("sample", self)

@@ -15,7 +15,7 @@ class DownloadConfig:
     """How images are downloaded."""
 
     connections: Annotated[int, Ge(1)] = 256
-    """Largest number of connections in use per worker; as many again may be kept open for the next request."""
+    """Largest number of connections in use in a worker. It may keep as many idle ones open for the next request."""
     connections_per_host: Annotated[int, Ge(0)] = 0
     """Largest number of connections of one worker to one host; 0: no limit."""
     host_connections: Annotated[int, Ge(0)] = 256
@@ -31,19 +31,19 @@ class DownloadConfig:
     read_timeout: Annotated[float, Interval(gt=0, lt=inf)] = 10.0
     """Seconds between two pieces of an answer."""
     timeout: Annotated[float, Interval(gt=0, lt=inf)] = 60.0
-    """Seconds for one whole attempt, redirects and body included; waiting for a free connection is not counted."""
+    """Seconds for an attempt with redirects and body, but without the wait for a free connection."""
     retries: Annotated[int, Ge(0)] = 2
     """Attempts after the first one, for failures that may pass."""
     max_bytes: Annotated[int, Ge(1)] = 50_000_000
-    """Largest body in bytes, after decompression; larger ones are refused."""
+    """Largest download in bytes, after decompression."""
     user_agent: str = "Mozilla/5.0 (compatible; retrieval-diffusion/0.1)"
     """The User-Agent header of every request."""
     contact: str = ""
-    """URL or mail address of whom hosts may ask about the requests; it is added to the User-Agent header."""
+    """URL or mail address of a contact for hosts. It is added to the User-Agent header."""
     robots: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     """Directives of an X-Robots-Tag header that exclude an image; none: the header is ignored."""
     robots_agent: str = ""
-    """Name by which an X-Robots-Tag or robots.txt may address this program alone ("mybot: noai")."""
+    """Name of your program in rules of X-Robots-Tag and robots.txt, such as mybot in "mybot: noai"."""
     robots_txt: bool = False
     """Read robots.txt of each host first. The download leaves out URLs that it excludes and
     keeps its Crawl-delay."""

@@ -14,12 +14,12 @@ class EmbedConfig(ClipConfig):
     """Which encoder, and how many images at a time."""
 
     batch_size: Annotated[int, Ge(1)] = 128
-    """Images in one forward pass; on a CPU 32 at most."""
+    """Images in one forward pass. On a CPU at most 32."""
     compile: bool = False
-    """Let torch.compile make the encoder faster, which takes a minute."""
+    """Compile the encoder with torch.compile. This takes a minute at the start."""
     max_memory: str = "2Gi"
-    """A worker may take so many bytes beside the weights and the libraries of a GPU; threads and look-ahead are planned
-    from it."""
+    """Memory limit of a worker, without the weights and the libraries of a GPU. Threads and read-ahead follow from
+    it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

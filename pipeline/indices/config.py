@@ -25,13 +25,13 @@ class IndexConfig:
     max_memory: str = "4Gi"
     """Largest size of the index: bytes, or a number with K, M, G, T (powers of 1000) or Ki, Mi, Gi, Ti (of 1024)."""
     bytes_per_vector: Annotated[int, Ge(0)] = 0
-    """Largest size per vector, with 64K for the fixed part. The smaller of both limits counts. 0: no such limit."""
+    """Largest size for each vector, plus 64K for the index. It holds together with max_memory. 0: no such limit."""
     key: str = ""
     """A faiss factory string instead of a choice."""
     queries: Annotated[int, Ge(0)] = 1000
     """Rows kept out of training as queries for the recall, a tenth of all at most."""
     target_recall: Annotated[float, Interval(ge=0, le=1)] = 0.95
-    """Recall@10 that the smallest nprobe or efSearch must reach. A smaller value is taken if four times as much effort
+    """The search effort (nprobe, efSearch) is the smallest with this recall@10. It is smaller if four times the effort
     gains less than 0.01."""
     min_recall: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """An index with less recall@10 is not sealed."""
@@ -40,7 +40,7 @@ class IndexConfig:
     seed: Annotated[int, Ge(0)] = 0
     """Seed of the held-out rows and the training sample."""
     part_memory: str = "512Mi"
-    """Vectors beyond this (as float32) make an index in parts of that size, on all workers."""
+    """If the vectors (as float32) are larger than this, all workers build the index in parts of this size."""
     merge_memory: str = "4Gi"
     """Inverted lists larger than this are merged on disk, into a file that searches map into memory."""
     max_drift: Annotated[float, Gt(0)] = 1.5
@@ -48,8 +48,8 @@ class IndexConfig:
     at training. An index beyond it is not sealed."""
 
     min_self_hit: Annotated[float, Interval(ge=0, le=1)] = 0.9
-    """With --adopt: the least share of sampled rows that a search for their own vectors finds among ten results. Each
-    shard must reach half of it."""
+    """With --adopt: a search for the vector of a row must find the row among ten results, for this share of the sampled
+    rows. Each shard must reach half of it."""
 
     def __post_init__(self) -> None:
         check_bounds("index", self)

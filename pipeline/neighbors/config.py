@@ -32,9 +32,9 @@ class NeighborsConfig:
     """Lists to search for each sample. 0: the number that the index was tuned to. If it is a quarter of all lists or
     more, all rows are compared."""
     copy_similarity: Annotated[float, Gt(0)] = 0.98
-    """Rows at least so similar (cosine) count as copies of the sample."""
+    """Rows with at least this cosine similarity count as copies of the sample."""
     copy_bits: Annotated[int, Interval(ge=-1, le=64)] = -1
-    """Rows whose perceptual hashes differ in at most so many bits of 64 are copies too. -1: ignore hashes."""
+    """Rows whose perceptual hashes differ in at most this many of 64 bits also count as copies. -1: ignore hashes."""
     vectors: bool = False
     """Write the neighbors' vectors beside their ids, so that training reads them in one piece."""
     checked: Annotated[int, Ge(0)] = 200

@@ -11,12 +11,12 @@ OutputFunction = Literal["", "none", "sigmoid", "softmax"]
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """How the layers of a head are joined, if its file does not say it."""
+    """Functions of a head whose file does not name them."""
 
     activation: Activation = ""
-    """Function between the layers of the head. Default: what the file's metadata say as `activation`."""
+    """Function between the layers of the head. Default: `activation` in the metadata of the file."""
     output: OutputFunction = ""
-    """Function after the last layer. Default: what the file's metadata say as `output`, otherwise none."""
+    """Function after the last layer. Default: `output` in the metadata of the file, otherwise none."""
 
     def __post_init__(self) -> None:
         check_bounds("score", self)

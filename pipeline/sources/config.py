@@ -34,7 +34,8 @@ class ShardConfig:
     column caption; others are stored. Default: captions.* in the source, metadata.* in any of its folders, or .txt,
     .caption and .json beside each image."""
     only_captioned: bool = False
-    """Take only the images that the captions name, in their order; otherwise all, sorted by name."""
+    """Take only the images that the captions name, in the order of the captions. Default: all images, sorted by
+    name."""
     sources: str = ""
     """JSON file on origin and license of the images; its content is kept in the manifest."""
     url_column: str = ""
@@ -46,48 +47,49 @@ class ShardConfig:
     """Column with the captions; default: caption, TEXT, text, captions, alt_text, txt, prompt or title in any case.
     It may be a path or a template for lists, as in "{style} by {artist}"."""
     image_key: str = ""
-    """Ending of the images in tars, as in image.jpg of 0001.image.jpg; several with ;, the first that a sample has
-    counts. Default: any image; samples with several are named."""
+    """Suffix of the images in tars: image.jpg for 0001.image.jpg. a;b: a, or b where there is no a. Default: any image.
+    The ledger names samples with several."""
     caption_key: str = ""
-    """Ending of the captions in tars, as in caption.txt of 0001.caption.txt; several with ;. Default: txt, or a column
-    of the JSON."""
+    """Suffix of the captions in tars: caption.txt for 0001.caption.txt. a;b: a, or b where there is no a. Default: txt,
+    or a column of the JSON."""
     hash_column: str = ""
-    """Column with the hash (md5, sha1, sha256, sha512) that the bytes must have; default: sha256 or md5 if there;
-    none: do not check."""
+    """Column with the hash (md5, sha1, sha256, sha512) that the bytes must have. Default: a column sha256 or md5. none:
+    do not check."""
     fetch_failed: bool = False
-    """Also fetch the rows of a list of img2dataset that it could not get; otherwise they count as failed_before."""
+    """For a list that img2dataset wrote: also download the rows that it could not. Default: leave them out as
+    failed_before."""
     columns: str = ""
     """Names of the columns of a CSV, TSV or .txt list without a header, in their order, as in "caption,url"."""
     where: str = ""
-    """Take only rows of which this is true, as in "punsafe < 0.1 and AESTHETIC_SCORE > 5"."""
+    """Take only rows for which this filter is true, such as "punsafe < 0.1 and AESTHETIC_SCORE > 5"."""
     licenses: str = ""
     """Take only rows with one of these licenses (SPDX), as in "CC0-1.0,CC-BY-*". CC-BY-* is any version of CC BY. Rows
     whose license is unknown are left out too."""
     samples_per_shard: Annotated[int, Ge(1)] = 1000
     """Rows of the source in one tar."""
     shard_size: str = ""
-    """Instead of samples_per_shard: about how large a tar shall be, as in 500M."""
+    """Approximate size of a tar, such as 500M, instead of samples_per_shard."""
     image_size: Annotated[int, Ge(1)] = 256
-    """Side in pixels after resizing; which side, `resize` says."""
+    """Side in pixels after resizing. `resize` says which side."""
     resize: Resize = "center_crop"
-    """center_crop: a square; keep_ratio: the short side; keep_ratio_largest: the long side; border: a square with
-    white around; no: as it is."""
+    """center_crop: cut to a square. keep_ratio: image_size is the short side. keep_ratio_largest: the long side.
+    border: a square with a white border. no: do not resize."""
     only_if_bigger: bool = False
     """Never enlarge."""
     format: Format = "jpg"
-    """Encoding in the tar; bytes that need no change are passed through."""
+    """Encoding in the tar. Images that need no change keep their bytes."""
     quality: Annotated[int, Interval(ge=1, le=100)] = 95
     """Quality of jpg and webp."""
     max_pixels: Annotated[int, Ge(1)] = 100_000_000
-    """Images with more pixels than this are refused before they are decoded."""
+    """Leave out images with more pixels, before they are decoded."""
     min_size: Annotated[int, Ge(0)] = 0
-    """Images with a shorter side than this are left out."""
+    """Leave out images whose short side has fewer pixels."""
     max_aspect: Annotated[float, Ge(1)] = NARROWEST
-    """Images with a longer side than so many short ones are left out."""
+    """Leave out images whose long side is more than this many times the short side."""
     patches: Annotated[int, Ge(0)] = 0
-    """Cut so many squares of image_size at random from each image, instead of resizing it."""
+    """Number of squares of image_size to cut at random from each image. 0: resize the image instead."""
     patch_side: Annotated[int, Ge(1)] = 1200
-    """Short side that an image is brought to before patches are cut."""
+    """With patches: resize the short side to this many pixels first."""
     seed: int = 0
     """Seed of the random places of patches."""
     exif: bool = False

@@ -13,23 +13,24 @@ class GatesConfig:
     """Limits that a version must keep to be published."""
 
     min_recall: Annotated[float, Interval(ge=0, le=1)] = 0.8
-    """Least recall@10 of the index, queries held out against exact search."""
+    """Least recall@10 of the index: held-out queries, compared with exact search."""
     max_lost: Annotated[float, Interval(ge=0, le=1)] = 0.3
     """Largest share of the published images that are missing from the new version. Forgotten images do not count."""
     max_failed: Annotated[float, Interval(ge=0, le=1)] = 0.1
-    """Largest share of the source's images that could not be fetched or decoded."""
+    """Largest share of the images of the source that could not be downloaded or decoded."""
     min_overlap: Annotated[float, Interval(ge=0, le=1)] = 0.7
-    """Least share of the ten nearest images of the queries that the published version gives too."""
+    """Least share of search results that stay the same: the ten nearest images of the queries, compared with the
+    published version."""
     only_licenses: str = ""
-    """Licenses (SPDX, as in --licenses) that all images must have; by default those of --licenses."""
+    """Licenses (SPDX, as in --licenses) that all images must have. Default: those of --licenses."""
     gate_where: str = ""
-    """A row filter over metadata and scores, as in "aesthetic > 4.5", for `min_share`."""
+    """Row filter over metadata and scores for `min_share`, such as "aesthetic > 4.5"."""
     min_share: Annotated[float, Interval(ge=0, le=1)] = 0.9
     """Least share of the rows that searches can find for which `gate_where` is true."""
     queries: str = ""
-    """Text file of the queries, one a line; by default captions of the first published version, which stay the same."""
+    """Text file with a query on each line. Default: captions of the first published version, always the same ones."""
     query_count: Annotated[int, Ge(0)] = 64
-    """How many captions are taken, where no file is given."""
+    """Number of captions that are queries, without a file."""
 
     def __post_init__(self) -> None:
         check_bounds("rebuild.gates", self)
