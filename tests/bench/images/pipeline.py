@@ -55,7 +55,7 @@ def grid(images: list[Image.Image], columns: int) -> Image.Image:
 
 
 def draw_stages(axes: list[Axes], root: Path) -> None:
-    """What each stage wrote, in the order of the pipeline."""
+    """Plot the files of each stage, in the order of the pipeline."""
     train = root / "datasets/train/v1"
     rows = Rows(train)
     axes[0].imshow(grid([rows.image(row) for row in range(40, 10000, 830)], 4))
@@ -63,10 +63,10 @@ def draw_stages(axes: list[Axes], root: Path) -> None:
     vectors = np.load(train / "embeddings/000000.npy")
     axes[1].imshow(vectors[:48, :48].astype(np.float32), cmap="PuBu_r")
     axes[1].set_xlabel(f"{vectors.shape[1]} numbers (CLIP)\nfor each image")
-    found = json.loads((train / "index/index_infos.json").read_text())
-    axes[2].text(.5, .5, "\n".join(found["index_key"].split(",")), ha="center", va="center", fontsize=12, color=_INK,
+    infos = json.loads((train / "index/index_infos.json").read_text())
+    axes[2].text(.5, .5, "\n".join(infos["index_key"].split(",")), ha="center", va="center", fontsize=12, color=_INK,
                  linespacing=1.8, transform=axes[2].transAxes)
-    axes[2].set_xlabel(f"{found['nb vectors']:,} vectors\nin {found['size in bytes'] / 1e6:.1f} MB")
+    axes[2].set_xlabel(f"{infos['nb vectors']:,} vectors\nin {infos['size in bytes'] / 1e6:.1f} MB")
     files = sorted((train / "neighbors/train").glob("*.ids.npy"))
     query = rows.captions.index(_QUERY)
     ids = np.concatenate([np.load(file) for file in files])[query, :8]

@@ -40,16 +40,16 @@ def read_screen(words: list[str], seconds: float, columns: int) -> str:
                                env=environment, start_new_session=True)
     os.close(slave)
     os.set_blocking(master, False)
-    written, end = b"", time.monotonic() + seconds
+    output, end = b"", time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
         time.sleep(0.1)
         try:
-            written += os.read(master, 1 << 20)
+            output += os.read(master, 1 << 20)
         except BlockingIOError:
             continue
     process.terminate()
     process.wait()
-    frames = [frame for frame in _NEXT_FRAME.split(written.decode()) if frame.strip()]
+    frames = [frame for frame in _NEXT_FRAME.split(output.decode()) if frame.strip()]
     if not frames:
         raise SystemExit(f"{' '.join(words)} showed nothing within {seconds} s")
     return re.sub(r"\x1b\[\?\d+[hl]", "", frames[-1]).replace("\r", "").strip("\n")
