@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
 from pipeline.storage import is_local
 from tests.laws.crashes.commands import Commands, Ended
+from tests.laws.crashes.states import describe_state, list_uploads
 from tests.model.weights import golden_first_stage
 from tests.pipeline import synthetic
 
@@ -35,6 +36,8 @@ class Place:
     commands: Commands
     folder: Path
     root: str
+    known: set[tuple[Any, ...]] = field(default_factory=set)
+    """The checks that a state has passed, here or at another copy of the same template."""
 
     @property
     def source(self) -> Path:
@@ -117,11 +120,11 @@ def copy_place(template: Place, folder: Path, bucket: str = "") -> Place:
     """A copy of a template with the times of its files, or with its root in a bucket."""
     if not bucket:
         shutil.copytree(template.folder, folder, ignore=shutil.ignore_patterns("output-*", "cache", "scratch"))
-        return Place(template.commands, folder, str(folder / "root"))
+        return replace(template, folder=folder, root=str(folder / "root"))
     shutil.copytree(template.folder, folder, ignore=shutil.ignore_patterns("output-*", "cache", "scratch", "root"))
     root = f"{bucket}/{folder.name}"
     fsspec.filesystem("s3").put(template.root, root, recursive=True)
-    return Place(template.commands, folder, root)
+    return replace(template, folder=folder, root=root)
 
 
 def prepare_place(template: Place, folder: Path, verb: str, bucket: str = "") -> Place:
@@ -166,7 +169,13 @@ def check_end(ended: Ended) -> None:
 
 
 def check_published(place: Place, *, unfinished: str = "") -> None:
-    """The published version is whole, and verify finds no fault in it. `unfinished`: the verb that was killed."""
+    """The published version is whole, and verify finds no fault in it. `unfinished`: the verb that was killed.
+
+    A state that was checked before is not checked again.
+    """
+    check = ("published", unfinished, is_local(place.root), describe_state(place.root, place.folder))
+    if check in place.known:
+        return
     searched = place.commands.run(place.folder, place.root, ("search", NAME))
     if unfinished == "repair" and searched.code == 1 and f"repair {NAME}" in searched.output:
         return  # the pointer is not repaired yet, and readers say so
@@ -174,10 +183,17 @@ def check_published(place: Place, *, unfinished: str = "") -> None:
     verified = place.commands.run(place.folder, place.root, ("verify", "--only", f"datasets/{NAME}"))
     assert verified.code == 0 or (unfinished == "forget" and "images of the takedown list" in verified.output and
                                   verified.output.count("datasets/") == 1), verified
+    place.known.add(check)
 
 
 def settle(place: Place, *, stages: bool) -> None:
-    """The next rebuild and gc work, and then no fault is found. No temporary file is left after an hour."""
+    """The next rebuild and gc work, and then no fault is found. No temporary file is left after an hour.
+
+    A state that settled before is not settled again.
+    """
+    check = ("settled", stages, is_local(place.root), describe_state(place.root, place.folder))
+    if check in place.known:
+        return
     place.paint("settled.png", 9)
     rebuilt = place.run(place.arguments("rebuild"))
     assert '"published"' in rebuilt.output and '"superseded"' not in rebuilt.output, rebuilt
@@ -189,6 +205,7 @@ def settle(place: Place, *, stages: bool) -> None:
     place.run(("search", NAME))
     place.run(("verify",))
     assert not list(temporary_files(place)), list(temporary_files(place))
+    place.known.add(check)
 
 
 def temporary_files(place: Place) -> Iterator[str]:
@@ -199,10 +216,7 @@ def temporary_files(place: Place) -> Iterator[str]:
         name = file.rpartition("/")[2]
         if "/leases/" in file or _TEMPORARY.fullmatch(name):
             yield file
-    if not is_local(place.root):
-        bucket, _, prefix = path.partition("/")
-        for upload in file_system.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix).get("Uploads", []):
-            yield f"{upload['Key']}, an upload that was not completed"
+    yield from list_uploads(place.root)
     for scratch in (place.folder / "scratch").glob("*"):
         yield str(scratch)
 
