@@ -14,6 +14,8 @@ import fsspec
 import numpy as np
 from safetensors.numpy import save_file
 
+from pipeline import storage
+from pipeline.datasets import takedown_list
 from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
 from pipeline.storage import is_local
 from tests.laws.crashes.commands import Commands, Ended
@@ -75,6 +77,9 @@ VERBS: dict[str, tuple[str, ...]] = {
     "gc": ("gc", NAME, "--keep", "0", "--lease", "0"),
     "forget": ("forget", "--url", "{forgotten}"),
     "repair": ("repair", NAME),
+    "repair-requests": ("repair", NAME, "--accept-lost-requests"),
+    "repair-list": ("repair", NAME, "--accept-lost-requests"),
+    "repair-publications": ("repair", NAME, "--accept-lost-publications"),
     "rm": ("rm", MADE_BY_HAND, "--yes"),
     "shard": ("shard", MADE_BY_HAND, "--source", "{source}", *_SETTINGS, "--overwrite", "--local"),
     "embed": ("embed", MADE_BY_HAND, "--captions", "--overwrite", "--local"),
@@ -82,7 +87,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "index": ("index", MADE_BY_HAND, "--overwrite", "--local"),
     "neighbors": ("neighbors", MADE_BY_HAND, "--overwrite", "--local"),
 }
-"""Every kind of command that changes datasets, with its command line."""
+"""Every kind of command that changes datasets, with its command line. `repair` has one for each kind of damage."""
 _TRAIN = ("--dataset", MADE_BY_HAND, "--steps", "4", "--global-batch", "4", "--checkpoint-every", "2", "--precision",
           "fp32", "--image-size", "16", "--model-channels", "32", "--local")
 RUNS: dict[str, tuple[str, ...]] = {
@@ -128,11 +133,40 @@ def copy_place(template: Place, folder: Path, bucket: str = "") -> Place:
 
 
 def prepare_place(template: Place, folder: Path, verb: str, bucket: str = "") -> Place:
-    """A copy of a template in which a verb has something to do: the pointer is damaged for `repair`."""
+    """A copy of a template in which a verb has something to do: `repair` has what it restores or accepts."""
     place = copy_place(template, folder, bucket)
-    if verb == "repair":
-        fsspec.open(f"{place.root}/datasets/{NAME}/current.json", "w").open().close()
+    if damage := _DAMAGE.get(verb):
+        damage(place)
     return place
+
+
+def _damage_pointer(place: Place) -> None:
+    storage.put_bytes(b"", f"{place.root}/datasets/{NAME}/current.json")
+
+
+def _lose_requests(place: Place) -> None:
+    place.run(place.arguments("forget"))
+    storage.remove_tree(f"{place.root}/takedowns")
+    storage.remove(f"{place.root}/{takedown_list.NAME}")
+
+
+def _change_list(place: Place) -> None:
+    """Neither the list nor the copy of its request is what the pointer counts."""
+    place.run(place.arguments("forget"))
+    for url in (f"{place.root}/{takedown_list.NAME}", f"{place.root}/takedowns/000001.json"):
+        storage.put_bytes(storage.read_bytes(url).replace(FORGOTTEN.encode(), b"flat/other.png"), url)
+
+
+def _lose_publication(place: Place) -> None:
+    """The pointer names the first publication again, and this machine has seen the second one."""
+    place.run(("search", NAME))
+    history = f"{place.root}/published/{NAME}"
+    storage.put_bytes(storage.read_bytes(f"{history}/000001.json"), f"{place.root}/datasets/{NAME}/current.json")
+    storage.remove(f"{history}/000002.json")
+
+
+_DAMAGE: dict[str, Callable[[Place], None]] = {"repair": _damage_pointer, "repair-requests": _lose_requests,
+                                               "repair-list": _change_list, "repair-publications": _lose_publication}
 
 
 def count_writes(template: Place, folder: Path, verb: str, bucket: str = "") -> int:
@@ -177,7 +211,7 @@ def check_published(place: Place, *, unfinished: str = "") -> None:
     if check in place.known:
         return
     searched = place.commands.run(place.folder, place.root, ("search", NAME))
-    if unfinished == "repair" and searched.code == 1 and f"repair {NAME}" in searched.output:
+    if unfinished.startswith("repair") and searched.code == 1 and f"repair {NAME}" in searched.output:
         return  # the pointer is not repaired yet, and readers say so
     assert searched.code == 0, searched
     verified = place.commands.run(place.folder, place.root, ("verify", "--only", f"datasets/{NAME}"))
