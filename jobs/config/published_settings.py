@@ -16,9 +16,9 @@ from pipeline.datasets.signatures import ReleaseKeys
 from pipeline.embeddings.clip_weights import ClipConfig, encoder_of
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.embeddings.embed import dataset_encoder
+from pipeline.formats.sizes import read_stored_size
 from pipeline.indices.config import SIZES, IndexConfig
 from pipeline.sources.config import ShardConfig
-from pipeline.storage.sizes import read_stored_size
 
 _log = logging.getLogger(__name__)
 _FLAG_PREFIXES = {"shard": "", "embed": "embed.", "index": "index.", "rebuild": ""}

@@ -33,12 +33,12 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig
+from pipeline.formats import arrays
 from pipeline.hardware import devices
 from pipeline.indices.searcher import Searcher
 from pipeline.stages.manifest import read_manifest, sealed_input
 from pipeline.stages.stage import Stage, fingerprint
 from pipeline.stages.types import Item, Output
-from pipeline.storage import arrays
 
 _log = logging.getLogger(__name__)
 

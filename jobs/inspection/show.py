@@ -22,9 +22,9 @@ from pipeline.datasets.find_row import DatasetRow, find_row, ledger_entries, row
 from pipeline.datasets.hidden_rows import read_hidden_rows
 from pipeline.datasets.metadata import metadata
 from pipeline.datasets.takedowns import read_forgotten_rows
+from pipeline.formats.arrays import map_array
 from pipeline.neighbors.files import neighbor_files
 from pipeline.rows.rows import json_cells
-from pipeline.storage.arrays import map_array
 
 _log = logging.getLogger(__name__)
 _NEIGHBORS = 5

@@ -22,7 +22,7 @@ from jobs.telemetry.units import format_bytes, format_hours, format_number
 from model.training import flops
 from pipeline import storage
 from pipeline.embeddings import clip
-from pipeline.storage.sizes import parse_size
+from pipeline.formats.sizes import parse_size
 
 _log = logging.getLogger(__name__)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}

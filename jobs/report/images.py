@@ -12,8 +12,8 @@ from jobs.report.render import Album, InlineImage, render
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.lookup import Sample
+from pipeline.formats.arrays import map_array
 from pipeline.neighbors.files import neighbor_files
-from pipeline.storage.arrays import map_array
 
 QUERIES = 12
 NEIGHBORS = 10

@@ -8,8 +8,8 @@ import numpy as np
 
 from jobs.sampling.mixture import Mixture
 from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.formats import arrays
 from pipeline.indices.searcher import Searcher
-from pipeline.storage import arrays
 
 
 @dataclass

@@ -23,10 +23,10 @@ from pipeline.batches.images import average_down
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
+from pipeline.formats import arrays
 from pipeline.media.contact_sheet import contact_sheet
 from pipeline.media.resize import decode_pixels
 from pipeline.neighbors.files import load_neighbors
-from pipeline.storage import arrays
 
 _COUNT, _AT_ONCE = 256, 64
 _SHOWN, _STEPS = 8, 20

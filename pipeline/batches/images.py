@@ -10,11 +10,11 @@ import numpy as np
 
 from pipeline.batches.prefetch import Prefetcher
 from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.formats.arrays import map_array
 from pipeline.media import tars
 from pipeline.media.resize import decode_pixels
 from pipeline.media.types import BadImage
 from pipeline.storage import DamagedFile
-from pipeline.storage.arrays import map_array
 
 _MOST_DECODER_THREADS = 8
 _PARTS_PER_THREAD = 4

@@ -8,8 +8,8 @@ import numpy as np
 
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import NO_NUMBER
+from pipeline.formats.arrays import map_array
 from pipeline.storage import DamagedFile
-from pipeline.storage.arrays import map_array
 
 
 def check_finite(vectors: np.ndarray, place: str) -> np.ndarray:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.row_columns import SCORES, list_scores
-from pipeline.storage import parquet
+from pipeline.formats import parquet
 
 _STAGES = ("shards", "embeddings", "text_embeddings", "latents")
 _SUCCESS = "success"

@@ -16,9 +16,10 @@ from pipeline.datasets import takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 from pipeline.datasets.row_columns import RowSelection
+from pipeline.formats import arrays
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output
-from pipeline.storage import arrays, digest
+from pipeline.storage import digest
 
 
 class Tombstones(Stage):

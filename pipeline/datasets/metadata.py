@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.datasets.dataset import Dataset, file_of
-from pipeline.storage import parquet
+from pipeline.formats import parquet
 
 NO_NUMBER = np.uint16(0x7C00)  # the exponent of NaN and infinity in float16
 _HASH = re.compile("[0-9a-f]{64}")

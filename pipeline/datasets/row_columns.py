@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
-from pipeline.storage import parquet
+from pipeline.formats import parquet
 
 SCORES = "scores"
 

@@ -24,12 +24,13 @@ from pipeline.embeddings.decode_batch import decode_images
 from pipeline.embeddings.embed import Embed
 from pipeline.embeddings.encode_shards import count_cores
 from pipeline.embeddings.vectors_by_name import RecurringKeys, VectorsByName, list_pairs
+from pipeline.formats import arrays, parquet
 from pipeline.media import tars
 from pipeline.stages import records as stage_records
 from pipeline.stages.stage import Stage
 from pipeline.stages.timers import Times
 from pipeline.stages.types import Entry, Item, Output, StageFailed
-from pipeline.storage import DamagedFile, arrays, parquet
+from pipeline.storage import DamagedFile
 
 LAYOUT, COMPVIS = "clip-retrieval", "compvis"
 PROBES = 16

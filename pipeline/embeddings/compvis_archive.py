@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import storage
-from pipeline.storage.arrays import HEADER_ERRORS, first_line
+from pipeline.formats.arrays import HEADER_ERRORS, first_line
 
 ARCHIVE_NAME = re.compile(r"(\d+)x(\d+)(?:-part_(\d+))?\.npz")
 ROW_NUMBER = ("source_row", "url", "key", "width", "height", "patch_left", "patch_top", "patch_short_side")

@@ -6,7 +6,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from pipeline.embeddings.clip_weights import ClipConfig
-from pipeline.storage.sizes import parse_size
+from pipeline.formats.sizes import parse_size
 
 
 @dataclass(frozen=True)

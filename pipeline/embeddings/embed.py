@@ -32,12 +32,12 @@ from pipeline.embeddings.encode_shards import (
     samples_per_pass,
     torch_threads,
 )
+from pipeline.formats.sizes import parse_size
 from pipeline.hardware import devices
 from pipeline.stages.stage import Stage
 from pipeline.stages.timers import Times
 from pipeline.stages.types import Entry, Item, Output, StageFailed
 from pipeline.storage import DamagedFile
-from pipeline.storage.sizes import parse_size
 
 _TOGETHER = 16  # batches for shards that are encoded together: at most one is not full
 _MOST = 64  # shards that are encoded together: a worker that dies loses so many

@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 from pipeline.embeddings.compvis_archive import KeyTable
-from pipeline.storage import arrays, parquet
+from pipeline.formats import arrays, parquet
 
 
 def list_pairs(source: str) -> list[tuple[str, str]]:

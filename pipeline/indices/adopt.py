@@ -11,6 +11,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
+from pipeline.formats.sizes import parse_size
 from pipeline.indices.choose import check_budget
 from pipeline.indices.config import LISTS, TRAINING_SETTINGS, IndexConfig
 from pipeline.indices.faiss_door import (
@@ -35,7 +36,6 @@ from pipeline.indices.tune import (
 )
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
-from pipeline.storage.sizes import parse_size
 
 _log = logging.getLogger(__name__)
 DEPTH = 10

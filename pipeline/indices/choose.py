@@ -7,9 +7,9 @@ import importlib.util
 import re
 from collections.abc import Iterator
 
+from pipeline.formats.sizes import parse_size
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.faiss_door import faiss
-from pipeline.storage.sizes import parse_size
 
 _ALLOWANCE = 64 << 10
 

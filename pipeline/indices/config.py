@@ -8,7 +8,7 @@ from typing import Annotated
 from annotated_types import Ge, Gt, Interval
 
 from pipeline.bounds import check_bounds
-from pipeline.storage.sizes import parse_size
+from pipeline.formats.sizes import parse_size
 
 BLOCK = 1 << 16  # rows in float32 at a time
 LISTS = "knn.ivfdata"  # inverted lists that are not in knn.index

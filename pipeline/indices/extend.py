@@ -16,6 +16,8 @@ import numpy as np
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.embeddings.embed import check_same_encoder
+from pipeline.formats import arrays
+from pipeline.formats.sizes import parse_size
 from pipeline.indices.choose import check_budget
 from pipeline.indices.config import BLOCK, LISTS, TRAINING_SETTINGS, IndexConfig
 from pipeline.indices.faiss_door import faiss
@@ -33,8 +35,6 @@ from pipeline.indices.tune import (
 )
 from pipeline.stages.documents import NUMBER
 from pipeline.stages.types import Item, Output, StageFailed
-from pipeline.storage import arrays
-from pipeline.storage.sizes import parse_size
 
 _SAMPLE = 10_000  # rows whose error is measured
 _TINY = 1e-6  # errors are rounded to this

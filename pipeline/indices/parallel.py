@@ -14,6 +14,8 @@ import numpy as np
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings, check_finite
+from pipeline.formats import arrays
+from pipeline.formats.sizes import is_decimal, parse_size, stored_size
 from pipeline.hardware import devices
 from pipeline.indices.choose import choose_key
 from pipeline.indices.config import BLOCK, EXACT, LISTS, SIZES, IndexConfig
@@ -25,8 +27,6 @@ from pipeline.indices.tune import RecallQueries, measure_recall, nonzero_rows, r
 from pipeline.stages.manifest import read_manifest, sealed_input
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
-from pipeline.storage import arrays
-from pipeline.storage.sizes import is_decimal, parse_size, stored_size
 
 
 class IndexingStage(Stage):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Interval
 
 from pipeline.bounds import check_bounds
-from pipeline.storage.sizes import parse_size
+from pipeline.formats.sizes import parse_size
 
 _log = logging.getLogger(__name__)
 _BASE = 800 << 20  # what a worker has in memory before it searches: torch (470 MB with CUDA's), faiss, pyarrow, Ray

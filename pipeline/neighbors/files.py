@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.datasets.dataset import Dataset
-from pipeline.storage.arrays import map_array
+from pipeline.formats.arrays import map_array
 
 
 def neighbor_files(items: Sequence[dict[str, Any]], suffix: str) -> list[dict[str, Any]]:

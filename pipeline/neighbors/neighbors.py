@@ -16,6 +16,7 @@ from pipeline.datasets.embeddings import Embeddings, check_finite
 from pipeline.datasets.metadata import labels, perceptual_hashes
 from pipeline.datasets.row_columns import SCORES, RowSelection
 from pipeline.embeddings.embed import check_same_encoder
+from pipeline.formats import arrays
 from pipeline.hardware import devices, malloc
 from pipeline.indices import searcher
 from pipeline.indices.searcher import IndexLists, Searcher
@@ -28,7 +29,7 @@ from pipeline.stages.scratch import shared_scratch
 from pipeline.stages.stage import Stage
 from pipeline.stages.timers import Times
 from pipeline.stages.types import Item, Output
-from pipeline.storage import DamagedFile, arrays
+from pipeline.storage import DamagedFile
 
 _LAID = 64 << 20  # bytes of vectors that are laid out at a time
 _WRITTEN = 4096  # rows that are gathered and written at a time

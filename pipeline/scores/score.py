@@ -13,13 +13,13 @@ from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import metadata
 from pipeline.datasets.row_columns import SCORES, metadata_columns
 from pipeline.embeddings.embed import dataset_encoder
+from pipeline.formats import arrays
 from pipeline.media import tars
 from pipeline.scores.config import ScoreConfig
 from pipeline.scores.heads import Head, ScoredShard, Scores, is_name, load_head, parse_spec
 from pipeline.stages.stage import Stage
 from pipeline.stages.timers import Times
 from pipeline.stages.types import Entry, Item, Output, StageFailed
-from pipeline.storage import arrays
 
 
 class Score(Stage):

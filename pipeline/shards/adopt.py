@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
+from pipeline.formats import parquet
 from pipeline.media import tars
 from pipeline.media.decode import read_size
 from pipeline.media.foreign_tars.packed import compression
@@ -34,7 +35,6 @@ from pipeline.sources.tars import (
 )
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output, StageFailed
-from pipeline.storage import parquet
 from pipeline.tables.cells import replace_surrogates
 
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.formats.parquet import read
 from pipeline.media import duplicates, tars
 from pipeline.shards import metadata
 from pipeline.shards.shard import Shard
@@ -24,7 +25,6 @@ from pipeline.stages.manifest import read_manifest
 from pipeline.stages.plan import clear_finished, clear_folder, hold_folder, replace_plan
 from pipeline.stages.types import Entry, Item, Output
 from pipeline.storage import name_by_content
-from pipeline.storage.parquet import read
 
 DUPLICATE = "duplicate"
 

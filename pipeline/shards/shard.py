@@ -13,6 +13,7 @@ import uvloop
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.downloads.host_limits import ProcessLimits
+from pipeline.formats import parquet
 from pipeline.media.types import BadImage
 from pipeline.rows.rows import LICENSE, NO_LICENSE, Part, ReadReport, Row
 from pipeline.shards import metadata
@@ -25,7 +26,7 @@ from pipeline.stages.plan import read_items
 from pipeline.stages.records import infos, totals
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import NO_ROW_REASONS, Entry, Item, Output, StageFailed
-from pipeline.storage import name_by_content, parquet
+from pipeline.storage import name_by_content
 
 # The location of the images and the way of fetching them do not change the result.
 _IGNORED_SETTINGS = {"source", "captions", "sources"}

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.formats import parquet
 from pipeline.rows.column_names import (
     CAPTION_COLUMNS,
     FILE_COLUMNS,
@@ -19,7 +20,6 @@ from pipeline.rows.column_names import (
 )
 from pipeline.rows.rows import json_cells
 from pipeline.sources.folder_files import METADATA_FILES, stem_of, usual_accents
-from pipeline.storage import parquet
 from pipeline.tables.arrow_cells import is_nested, table_rows, text_columns
 from pipeline.tables.cells import TableRow, cell_text
 from pipeline.tables.names import is_parquet, table_kind

@@ -7,8 +7,8 @@ from annotated_types import Ge, Interval
 
 from pipeline.bounds import check_bounds
 from pipeline.downloads.config import DownloadConfig
+from pipeline.formats.sizes import parse_size
 from pipeline.media.types import NARROWEST, Format, Resize
-from pipeline.storage.sizes import parse_size
 
 Kind = Literal["auto", "pictures", "list", "tars"]
 

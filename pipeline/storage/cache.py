@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.formats.sizes import parse_size
 from pipeline.storage.addresses import ATTEMPTS, is_local, local_path
 from pipeline.storage.errors import DamagedFile, StorageError, refuse_special_file, storage_errors
 from pipeline.storage.files import UNFINISHED_NAME, flush_to_disk, open_url, sha256_file, unfinished_file
 from pipeline.storage.private_folder import make_private_folder
-from pipeline.storage.sizes import parse_size
 
 # Why not a cache of fsspec: it names files by a hash of their URL and removes them by age. Here a file is named by its
 # sha256, so equal files of two versions are stored once, a damaged file is noticed, and the cache has a size limit.

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, cast
 
 from pipeline import storage
-from pipeline.storage import decompression
+from pipeline.formats import decompression
 from pipeline.tables.cells import JsonDecoder, TableRow
 from pipeline.tables.delimited import RepairedLine, encoding_remarks, read_delimited, repair_lines
 from pipeline.tables.json_tables import read_json_document, read_json_lines

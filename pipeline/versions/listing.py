@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.formats import parquet
 from pipeline.rows.rows import hashable_cells
 from pipeline.shards import metadata
-from pipeline.storage import parquet
 
 LISTING, DEAD = "listing.parquet", "dead.txt"
 LISTING_SCHEMA = pa.schema([(name, pa.string()) for name in ("name", "mark", "stamp", "sha256", "shard")]
@@ -62,7 +62,7 @@ def write_listing(listing: pa.Table, path: Path) -> None:
 
 
 def _pieces(path: Path, schema: pa.Schema, rows: int) -> Iterator[pa.RecordBatch]:
-    # Mapped, and in this thread: see `pipeline.storage.parquet.read` on Arrow's own threads.
+    # Mapped, and in this thread: see `pipeline.formats.parquet.read` on Arrow's own threads.
     with pa.memory_map(str(path)) as file:
         for batch in pq.ParquetFile(file).iter_batches(rows, columns=schema.names, use_threads=False):
             yield batch.select(schema.names).cast(schema)

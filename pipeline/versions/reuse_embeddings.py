@@ -10,9 +10,9 @@ import numpy as np
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.embeddings.embed import Embed, EmbedCaptions
+from pipeline.formats import arrays
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output
-from pipeline.storage import arrays
 from pipeline.versions.listing import read_metadata, reference, succeeded_rows
 
 

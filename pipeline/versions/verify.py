@@ -11,13 +11,13 @@ import numpy as np
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import metadata
+from pipeline.formats import arrays, parquet
 from pipeline.media import tars
 from pipeline.neighbors.files import neighbor_files
 from pipeline.stages import records
 from pipeline.stages.documents import check_manifest, check_plan
 from pipeline.stages.manifest import changed_inputs, read_manifest
 from pipeline.stages.plan import item_ids, read_items
-from pipeline.storage import arrays, parquet
 
 
 def find_faults(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, str]]:

@@ -21,6 +21,7 @@ from jobs.runs.run import Run
 from model.weights import checkpoint, compvis
 from pipeline.embeddings import compvis_archive
 from pipeline.embeddings.vectors_by_name import VectorsByName
+from pipeline.formats.arrays import map_array
 from pipeline.indices.faiss_door import open_index
 from pipeline.media import tars
 from pipeline.media.foreign_tars.samples import TarFaults, read_foreign_tar
@@ -32,7 +33,6 @@ from pipeline.sources.open_lists import open_lists
 from pipeline.sources.tars import TarSource, read_column_types
 from pipeline.stages import records
 from pipeline.stages.types import StageFailed
-from pipeline.storage.arrays import map_array
 from pipeline.tables import text_tables
 
 MEMORY = 1 << 30  # bytes of address space beyond that of the imports

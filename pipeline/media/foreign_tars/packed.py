@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.storage.decompression import ERRORS, MAGICS, decompress
+from pipeline.formats.decompression import ERRORS, MAGICS, decompress
 
 _TAR_MAGIC_PLACE = slice(257, 262)
 _CHUNK_BYTES = 4 << 10  # at most so many bytes before a damage are lost; bzip2 and zstandard lose their block

@@ -14,6 +14,7 @@ import pytest
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
+from pipeline.formats.sizes import parse_size
 from pipeline.indices import faiss_door, train, tune
 from pipeline.indices import fill as fill_of_index
 from pipeline.indices.config import IndexConfig
@@ -26,7 +27,6 @@ from pipeline.indices.tune import RecallQueries, recall_error
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
 from pipeline.stages.types import StageFailed
-from pipeline.storage.sizes import parse_size
 from tests.pipeline import synthetic
 
 ROOT = Path(__file__).parents[3]

@@ -4,6 +4,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
+from pipeline.formats.sizes import parse_size, stored_size
 from pipeline.indices.config import SIZES, IndexConfig
 from pipeline.indices.index import Index, build_index
 from pipeline.sources.config import ShardConfig
@@ -11,7 +12,6 @@ from pipeline.stages.documents import FORMAT
 from pipeline.stages.driver import run_stage
 from pipeline.stages.plan import prepare
 from pipeline.storage import cache
-from pipeline.storage.sizes import parse_size, stored_size
 from tests.pipeline import synthetic
 
 EARLIER_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.publishing.attacks import run
+from tests.jobs.publishing.damage.attacks import run
 from tests.jobs.publishing.published_art import NAME
 
 _READERS = (["status"], ["versions", NAME], ["verify"], ["ls"], ["show", f"{NAME}/0000000004"],

@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.storage import parquet
+from pipeline.formats import parquet
 
 _READ = """
 import sys
 from pathlib import Path
-from pipeline.storage import parquet
+from pipeline.formats import parquet
 data = Path(sys.argv[1])
 before = len(list(Path("/proc/self/task").iterdir()))
 assert parquet.read(data).equals(parquet.read(data.read_bytes()))

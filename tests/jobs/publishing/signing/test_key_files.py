@@ -9,8 +9,8 @@ import pytest
 from jobs.cli.main import main
 from pipeline.datasets import signatures
 from pipeline.datasets.signatures import RELEASE_KEY, ReleaseKeys
-from tests.jobs.publishing.key_files import openssl_key, ssh_key
 from tests.jobs.publishing.published_art import NAME
+from tests.jobs.publishing.signing.key_files import openssl_key, ssh_key
 
 
 def test_keys_of_openssl_and_openssh_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.publishing.attacks import DAMAGE, follow, make_place, run
+from tests.jobs.publishing.damage.attacks import DAMAGE, follow, make_place, run
 from tests.jobs.publishing.published_art import NAME, rebuild
 
 _VERSIONS = f"datasets/{NAME}"

@@ -8,7 +8,7 @@ import lzma
 import pyarrow as pa
 import pytest
 
-from pipeline.storage.decompression import ERRORS, decompress
+from pipeline.formats.decompression import ERRORS, decompress
 
 PACK = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress,
         "zstandard": lambda data: pa.compress(data, "zstd", asbytes=True),

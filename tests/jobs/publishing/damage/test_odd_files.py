@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.jobs.publishing.attacks import make_place, run
+from tests.jobs.publishing.damage.attacks import make_place, run
 from tests.jobs.publishing.published_art import NAME
 
 _BASE = f"datasets/{NAME}"
