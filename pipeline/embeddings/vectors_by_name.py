@@ -26,8 +26,9 @@ def list_pairs(source: str) -> list[tuple[str, str]]:
             pairs.append((storage.join(source, "img_emb", name), storage.join(source, "metadata", about)))
             metadata_names.remove(about)
     if pairs and (alone := sorted(name for name in metadata_names if re.fullmatch(r"metadata_.+\.parquet", name))):
-        raise ValueError(f"{storage.join(source, 'metadata', alone[0])} has no vectors beside it: there is no "
-                         f"img_emb{alone[0].removeprefix('metadata').removesuffix('parquet')}npy\nhint: copy it again")
+        about = storage.join(source, "metadata", alone[0])
+        vectors = storage.join(source, "img_emb", f"img_emb{alone[0].removeprefix('metadata')[:-len('parquet')]}npy")
+        raise ValueError(f"{about} has no vectors beside it: there is no {vectors}\nhint: copy it again")
     if not pairs:
         raise ValueError(f"{source} has no img_emb/img_emb_*.npy, and no 1000x512-part_1.npz\nhint: --adopt FOLDER, "
                          f"the output folder of clip-retrieval's inference, or a retrieval database of CompVis")
