@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from jobs.cli.parse import GROUPS, VERBS, default_options, load_verb
+from jobs.config.field_docs import field_docs
 from jobs.telemetry import output
 from jobs.telemetry.output import PROGRAM
 
@@ -128,6 +129,8 @@ class _Trimmed:
             elif not self._is_usual(kind, field.name):
                 self.hidden += 1
                 changed.append((field.name, Annotated[hint, tyro.conf.Suppress]))
+            elif text := field_docs(kind).get(field.name):  # tyro would keep the line breaks of the source
+                changed.append((field.name, Annotated[hint, tyro.conf.arg(help=text)]))
         trimmed = make_dataclass(kind.__name__, changed, bases=(kind,), frozen=True, kw_only=True,
                                  namespace={"__doc__": kind.__doc__})
         copy: Any = object.__new__(trimmed)  # its fields were checked when the value was made

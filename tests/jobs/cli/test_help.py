@@ -13,6 +13,7 @@ import pytest
 from jobs.cli import help as help_pages
 from jobs.cli.main import main
 from jobs.cli.parse import GROUPS, VERBS, load_verb, parse_command
+from jobs.config.field_docs import field_docs
 
 ROOT = Path(__file__).parents[3]
 _SCREENS_LINES = 100  # two screens of 50 lines
@@ -45,6 +46,12 @@ def test_help_fits_on_two_screens_and_ends_with_two_examples(
     assert _flags(shown) < _flags(everything) if hidden else _flags(shown) == _flags(everything)
     assert (f"{len(hidden)} more flags: " in shown) == bool(hidden), hidden
     assert "more flags" not in everything
+
+
+def test_texts_of_flags_have_no_line_breaks_of_the_source(
+        capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    assert field_docs(load_verb("shard")[0])["retry_failed"] in _printed(capsys, "shard", "--help-all")
 
 
 @pytest.mark.parametrize("verb", VERBS)
