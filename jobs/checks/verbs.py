@@ -26,7 +26,7 @@ from pipeline.embeddings.reachable import vector_length
 
 @dataclass(frozen=True)
 class PlannedBuild:
-    """What `pipeline` or `rebuild` would make."""
+    """The dataset and the settings that `pipeline` or `rebuild` would make it with."""
 
     dataset: Dataset
     settings: Settings

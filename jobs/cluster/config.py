@@ -10,7 +10,7 @@ from pipeline.bounds import check_bounds
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Where the work runs. Results do not depend on it."""
+    """The place of the work. Results do not depend on it."""
 
     workers: Annotated[int, Ge(1)] = 2
     """Actors of a stage, or processes of a training run."""

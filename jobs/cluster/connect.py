@@ -41,7 +41,7 @@ def connect() -> None:
     if "RAY_AUTH_MODE" not in os.environ and not _has_token():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # With as many logical CPUs as cores an actor, its driver and Train's controller starve each other.
-    # "local": without it Ray would join whatever cluster of somebody else's runs on this machine.
+    # "local": without it Ray would join any cluster of another user on this machine.
     with heartbeat.doing("starting Ray"), interrupts.defer_interrupts():
         context: Any = ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False,
                            object_store_memory=200 << 20, **options)
@@ -49,7 +49,7 @@ def connect() -> None:
 
 
 def write_prometheus_targets(folder: Path) -> None:
-    """Write the addresses of the metrics of all nodes, in the place and format of Ray's dashboard."""
+    """Write the hosts and ports of the metrics of all nodes, in the place and format of Ray's dashboard."""
     targets = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in ray.nodes()]
     with contextlib.suppress(OSError):
         own = folder / f".prometheus-{os.getpid()}"

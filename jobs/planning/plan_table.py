@@ -150,11 +150,11 @@ def notes(build: Build, used: Rates, prices: Prices) -> str:
     if defaults := [name for name in used.defaults if name != "storage"]:
         said.append(f"Default rates ({', '.join(defaults)}): {base.machine}, {base.measured}; `--measure FILE` "
                     f"measures them where you are.")
-    said.append(f"{config.embed.model}, vectors of {build.dim}, pictures of {config.shard.image_size} pixels, "
-                f"{config.shard.rows_per_shard} a shard, k = {config.neighbors.k}. Neighbours by "
-                f"{'the index' if method == 'index' else 'exact search'} are in the total, the other way is not.")
+    said.append(f"{config.embed.model}, vectors of {build.dim}, images of {config.shard.image_size} pixels, "
+                f"{config.shard.rows_per_shard} a shard, k = {config.neighbors.k}. The total has neighbors by "
+                f"{'the index' if method == 'index' else 'exact search'}, and not by the other way.")
     if build.sample_bytes:
-        said.append("Training sees latents; what makes them is not counted.")
+        said.append("Training reads latents; making them is not counted.")
     if prices.has_any:
         said.append(f"Money: what has no price is free; bytes are kept for {prices.months:g} months.")
     return "\n".join(said)

@@ -1,7 +1,7 @@
 """Rates from the manifests below a root, by the formulas of cost_model.py solved for the rates.
 
-Every record has its seconds, so a sample that went through the pipeline on some machines tells what more would take on
-them. Several folders of a stage count together. What no folder tells stays as it is in the rates to begin with.
+Every record has its seconds, so a small run on some machines gives the time of a larger one on them. Several folders of
+a stage count together. Rates that no folder gives keep their first value.
 """
 
 import logging

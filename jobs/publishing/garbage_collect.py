@@ -34,7 +34,7 @@ _STAYS = {"release.json", "mark.json"}  # they say that the version existed, and
 def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = False) -> list[dict[str, Any]]:
     """Remove versions that nothing needs. Files that later versions took over stay. Each version with its outcome.
 
-    Samples do not keep a version. Those whose credits are lost with it are under "samples".
+    Samples do not keep a version. "samples" names the samples that lose their credits with it.
 
     A version that stays and cannot be read has its fault under "unreadable". It may have taken over files of any
     earlier version, so these stay too.

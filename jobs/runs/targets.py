@@ -1,4 +1,4 @@
-"""What a user points at in a root: a dataset, one of its versions or stages, a run, or something below a run."""
+"""The target that a user names in a root: a dataset, a version or stage of it, a run, or a part of a run."""
 
 import difflib
 from collections.abc import Iterable

@@ -135,7 +135,7 @@ class Validation:
         columns = len(cells) // len(self.pictures)
         return contact_sheet(cells, columns, cell=min(max(_SMALL, images.shape[1]), _LARGE),
                              row_labels=[held_out.caption or held_out.key for held_out in self.pictures],
-                             column_labels=["held out", "drawn", *(f"neighbour {n + 1}" for n in range(columns - 2))])
+                             column_labels=["held out", "sample", *(f"neighbor {n + 1}" for n in range(columns - 2))])
 
     def _pixels(self, rows: np.ndarray) -> torch.Tensor:
         samples = lookup.samples(self.dataset, rows.tolist())

@@ -1,4 +1,4 @@
-"""A corpus to begin with: emoji drawn in eight styles, or where npm is missing, images drawn here.
+"""A first corpus: emoji in eight styles, or synthetic images if npm is missing.
 
 <style>/<subject>.png          one image
 <style>.csv train.csv          captions: of each style, of the mix of all that training may see

@@ -1,4 +1,4 @@
-"""Images that this program draws: colored shapes in six styles, for tests and without npm.
+"""Synthetic images: colored shapes in six styles, for tests and without npm.
 
 Subjects differ in the things that a caption names: shape, color, size, tilt, number, a second shape.
 Styles differ in the way of drawing. It needs no download, and a corpus may have any size.

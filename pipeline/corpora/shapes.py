@@ -1,4 +1,4 @@
-"""Outlines of the shapes that the drawn corpus is made of, and what they are called."""
+"""Outlines and names of the shapes of the synthetic corpus."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Whether a model hub offers the files of a model, asked before its client downloads them."""
+"""Check whether a model hub offers the files of a model, before its client downloads them."""
 
 CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Names of weights in a repository, as open_clip looks for them."""

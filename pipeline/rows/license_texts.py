@@ -9,7 +9,7 @@ from typing import NamedTuple
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
 PUBLIC = {"CC0-1.0", "CC-PDM-1.0", "CC-PDDC"}
-"""The identifiers of works that nobody owns."""
+"""The identifiers of works without an owner."""
 # Numbers that Flickr's interface and COCO use. 0 is all rights reserved, 7 and 8 are no licenses.
 _NUMBERS = {"1": "CC-BY-NC-SA-2.0", "2": "CC-BY-NC-2.0", "3": "CC-BY-NC-ND-2.0", "4": "CC-BY-2.0", "5": "CC-BY-SA-2.0",
             "6": "CC-BY-ND-2.0", "9": "CC0-1.0", "10": "CC-PDM-1.0", "11": "CC-BY-4.0", "12": "CC-BY-SA-4.0",
@@ -93,7 +93,7 @@ def denies_use(text: str) -> bool:
 
 
 def names_owner(text: str) -> bool:
-    """Whether a text says that somebody owns the work."""
+    """Whether a text says that the work has an owner."""
     return bool(_OWNED.search(text))
 
 

@@ -47,7 +47,7 @@ class Shard(Stage):
     def __init__(self, dataset: Dataset, config: ShardConfig, base: Dataset | None = None,
                  folder: str = "shards") -> None:
         if not config.source:
-            raise ValueError("shard needs a source\nhint: --source FOLDER, or a list of addresses, or tars")
+            raise ValueError("shard needs a source\nhint: --source FOLDER, or a list of URLs, or tars")
         super().__init__(dataset.root, dataset.path(folder), config)
         self.dataset, self.base = dataset, base
 

@@ -34,7 +34,7 @@ def open_source(config: ShardConfig) -> Source:
     from pipeline.sources.open_lists import open_lists
     from pipeline.sources.tars import TarSource
     if not config.source:
-        raise ValueError("shard needs a source\nhint: --source FOLDER, or a list of addresses, or tars")
+        raise ValueError("shard needs a source\nhint: --source FOLDER, or a list of URLs, or tars")
     kind: str = config.kind
     ignored: Counter[str] = Counter()
     listed: list[_Listed] = []

@@ -109,7 +109,7 @@ class TextLists(ListSource):
     def _look_for_columns(self, address: str, first: Columns | None) -> tuple[Columns, pa.Schema] | None:
         """The columns of a file and what its rows have, None without rows.
 
-        The first rows tell. In JSON, the search goes on for a caption and for the columns that settings name.
+        The first rows decide. In JSON, the search continues for a caption and for the columns that settings name.
         """
         schema, columns, problem = pa.schema([]), None, None
         for batch in self._batches(address):

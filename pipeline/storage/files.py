@@ -48,7 +48,7 @@ def _filesystem(protocol: str) -> FileSystem:
             filesystem.retries = 2  # around boto's own, for answers that are cut off; five times would take minutes
         return filesystem
     except (ValueError, ImportError) as error:
-        raise ValueError(f"cannot open {protocol}:// addresses: {error}\nhint: use a local path or s3://") from error
+        raise ValueError(f"cannot open {protocol}:// paths: {error}\nhint: use a local path or s3://") from error
 
 
 def open_url(url: str) -> tuple[FileSystem, str]:

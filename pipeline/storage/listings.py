@@ -123,7 +123,7 @@ def list_sizes_and_times(url: str) -> dict[str, tuple[int, float]]:
 
 
 def glob(pattern: str) -> list[str]:
-    """Sorted addresses of the files that match a pattern (*, **, ?)."""
+    """Sorted paths of the files that match a pattern (*, **, ?)."""
     fs, path = open_url(normalize(pattern))
     prefix = "" if is_local(pattern) else pattern.split("://", 1)[0] + "://"
     with storage_errors(pattern, "list"):

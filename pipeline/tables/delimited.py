@@ -235,7 +235,7 @@ def _holds_rows(cells: Sequence[str], lines: Sequence[str], delimiter: str, *, o
 
 
 def _kind(cell: str) -> re.Pattern[str] | None:
-    """What the cells of other rows in the same column are like, None for texts."""
+    """The pattern that cells of other rows in the same column match, None for texts."""
     if _ADDRESS.fullmatch(cell):
         return _ADDRESS
     return _WORD_WITH_DIGIT if _NUMBER.fullmatch(cell) else _WORD if _WORD.fullmatch(cell) else None
