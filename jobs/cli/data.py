@@ -108,6 +108,17 @@ class EmbedOptions:
 
 
 def run_embed(options: EmbedOptions) -> int:
+    from jobs.checks.demo_defaults import mention_demo_defaults
+    from jobs.config.settings import Settings
+    from pipeline.datasets.dataset import Dataset as DatasetPlace
+    sealed = DatasetPlace.parse(options.common.root, options.dataset).is_sealed("embeddings")
+    if not (options.common.names_recipe or options.adopt or sealed):
+        mention_demo_defaults(Settings(embed=options.embed), embeds=True, trains=False)
+    return embed(options)
+
+
+def embed(options: EmbedOptions) -> int:
+    """Embed a dataset, without a word on the encoder of the demo."""
     from pipeline.datasets import dataset as datasets
     from pipeline.embeddings.clip_retrieval import AdoptEmbeddings, Export
     from pipeline.embeddings.embed import Embed, EmbedCaptions

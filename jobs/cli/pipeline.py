@@ -11,7 +11,7 @@ from jobs.cli.data import (
     IndexOptions,
     NeighborsOptions,
     ShardOptions,
-    run_embed,
+    embed,
     run_index,
     run_neighbors,
     run_shard,
@@ -99,7 +99,7 @@ def _steps(options: PipelineOptions) -> Iterator[tuple[str, Callable[[Any], int]
     dataset = datasets.Dataset.parse(common.root, name)
     database = datasets.Dataset.parse(common.root, options.database or name)
     yield "shard", run_shard, ShardOptions(name, options.shard, cluster, common, stage), dataset.folder("shards")
-    yield "embed", run_embed, EmbedOptions(name, options.embed, cluster, common, stage), dataset.folder("embeddings")
+    yield "embed", embed, EmbedOptions(name, options.embed, cluster, common, stage), dataset.folder("embeddings")
     yield "index", run_index, IndexOptions(name, options.index, cluster, common, stage), dataset.folder("index")
     if options.database or options.train_run:
         yield ("neighbors", run_neighbors,

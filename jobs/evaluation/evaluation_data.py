@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from jobs.evaluation.evaluate_stage import check_same_data
+from jobs.evaluation.held_out import held_out_captions
 from jobs.evaluation.judge_stage import StyleClassifierStage
 from jobs.runs.run import Run
 from pipeline.datasets import published
@@ -29,13 +30,16 @@ def evaluation_data(run: Run, names: Sequence[str] = ()) -> tuple[Dataset, Datas
 
 
 def can_evaluate(run: Run) -> bool:
-    """Whether the root has what `evaluate RUN` needs: the training data, and two databases with its encoder."""
+    """Whether the root has what `evaluate RUN` needs.
+
+    These are the training data, two databases with the encoder of the run, and captions that training has not seen.
+    """
     try:
         dataset, database, databases = evaluation_data(run)
         if not run.section().get("step"):  # an imported run only gets a warning
             check_same_data(run, dataset)
         StyleClassifierStage(run, dataset, databases, 1).inputs()
         return all(dataset_encoder(other) == run.encoder() and other.is_sealed("index")
-                   for other in (database, *databases))
+                   for other in (database, *databases)) and bool(held_out_captions(dataset, databases))
     except (ValueError, OSError):
         return False

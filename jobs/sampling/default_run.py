@@ -31,5 +31,6 @@ def default_run(databases: Sequence[Mixture], prompt: str, *, dry_run: bool = Fa
         if dry_run:
             return None
         import_run(run, BUNDLED)
-    _log.info("sample: %r with the run %s", prompt, run.name)
+    about = ", the bundled model, which was trained on emoji" if run.name == BUNDLED_RUN else ""
+    _log.info("sample: %r with the run %s%s", prompt, run.name, about)
     return run

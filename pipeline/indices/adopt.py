@@ -89,7 +89,7 @@ class AdoptIndex(Index):
         held = held_out_rows(len(embeddings), config)
         own = held[embeddings.rows(held).any(1)]
         queries = [RecallQueries("image", embeddings.rows(own).astype(np.float32), own)]
-        if "text_embeddings" in self.inputs():
+        if self.uses_captions:
             queries.append(text_queries(self.dataset, config, np.random.default_rng((config.seed, 18))))
         for query_set in queries:
             for offset, vectors in read_blocks(embeddings):

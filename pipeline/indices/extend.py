@@ -86,7 +86,7 @@ class Extension(Index):
         drift = self._drift(index, embeddings, change, before, rng)
         held, own = self._held(change, len(embeddings), rng)
         queries = [RecallQueries("image", embeddings.rows(own).astype(np.float32), own)]
-        if "text_embeddings" in self.inputs():
+        if self.uses_captions:
             queries.append(text_queries(self.dataset, config, rng))
         for query_set in queries:
             for offset, vectors in read_blocks(embeddings):

@@ -64,7 +64,7 @@ class Index(IndexingStage):
             index, infos, info, times, held = merge_parts(training, parts, self.config, scratch)
         else:
             vectors = Embeddings(self.dataset).all().astype(np.float32)
-            texts = Embeddings(self.dataset, "text_embeddings") if "text_embeddings" in self.inputs() else None
+            texts = Embeddings(self.dataset, "text_embeddings") if self.uses_captions else None
             index, infos, info, times = build_whole(vectors, self.config, None if texts is None else texts.all())
             held = held_out_rows(len(vectors), self.config)
         return self.output(index, infos, info, times, held, scratch)

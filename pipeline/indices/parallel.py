@@ -39,6 +39,12 @@ class IndexingStage(Stage):
         return self.dataset.command("index")
 
     most_gpus = 1024  # faiss uses all that it sees
+    optional_inputs = frozenset({"text_embeddings"})
+
+    @property
+    def uses_captions(self) -> bool:
+        """Whether the plan of the stage has embeddings of captions. Those that were made later do not count."""
+        return "text_embeddings" in (self.claim.inputs if self.claim else self.inputs())
 
     @property
     def workers_need_gpu(self) -> bool:  # type: ignore[override]
@@ -103,7 +109,7 @@ class IndexTraining(IndexingStage):
         np.save(scratch / "held.npy", own, allow_pickle=False)
         np.save(scratch / "images.npy", embeddings.rows(own, once=True).astype(np.float32), allow_pickle=False)
         files = ["trained.index", "held.npy", "images.npy"]
-        if "text_embeddings" in self.inputs():
+        if self.uses_captions:
             texts = Embeddings(self.dataset, "text_embeddings")
             chosen = np.sort(rng.choice(len(texts), min(len(texts), config.queries), replace=False))
             np.save(scratch / "texts.npy", nonzero_rows(texts.rows(chosen)).astype(np.float32), allow_pickle=False)

@@ -37,6 +37,8 @@ def claim_folder(stage: Stage) -> tuple[Sequence[Item], bool]:
         joined = not _create_plan(stage, inputs, listed)
     stamp, plan = storage.stamp(url), storage.read_json(url)
     check_plan(plan, url)
+    later = stage.optional_inputs - plan["inputs"].keys()
+    inputs = {name: described for name, described in inputs.items() if name not in later}
     if plan["fingerprint"] != fingerprint(stage, inputs):
         raise ValueError(_disagreement(stage, plan, inputs))
     stage.claim = Claim(plan["fingerprint"], plan["inputs"], stamp)

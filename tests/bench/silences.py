@@ -40,18 +40,23 @@ _TORCHRUN = shlex.join([sys.executable, "-m", "torch.distributed.run", "--nproc-
 _VERBS = shlex.join([sys.executable, "-m", "jobs"])
 # Names in braces are folders; {n} is 1 with --local and 2 with Ray.
 _BOTH = ("style mine{n} --source {images}", "rebuild art{n} --source {images} --image-size 32 --format png",
-         "pipeline piped{n} --source {images} --image-size 32 --run piped{n} --config {settings}",
-         "shard set{n} --source {images} --image-size 32 --format png", "embed set{n}", "score set{n}", "index set{n}",
+         "pipeline piped{n} --source {images} --image-size 32 --format png --train piped{n} --config {settings}",
+         "shard set{n} --source {images} --image-size 32 --format png", "embed set{n}",
+         "score set{n} --head first=first_head:score", "index set{n}",
          "neighbors set{n} --database set{n}", "latents set{n} --first-stage {stage}",
          "train run{n} --dataset set{n} --database set{n} --config {settings}",
          "sample run{n} --prompt apple --database set{n} --steps 10 --k 4 --name apple",
          "evaluate run{n} --database set{n} --database mine{n} --prompt apple --judge-steps 5 --steps 4 --sweep-k 1 "
          "--sweep-guidance 1", "demo --drawn --steps 60 --subjects 12 --root demo{n}")
-_ONCE = ("search set1 apple", "recipes", "plan", "export run1 --out out", "convert run4 --checkpoint out",
-         "credits root/runs/run1/samples/apple/samples.json", "versions art1", "rollback art1 --to v1", "repair art1",
-         "gc art1", "forget --url apple --dry-run", "rm run4 --yes", "ls", "ls set1", "show {key}", "status", "report",
-         "verify", "init demo settings.toml --overwrite", "doctor")
-_ROOTLESS = ("recipes", "init", "credits", "export", "convert", "demo", "plan")
+_ONCE = ("search set1 apple", "recipes", "plan", "export run1 --out out",
+         "convert run4 --checkpoint out --database set1", "credits root/runs/run1/samples/apple/samples.json",
+         "versions art1", "rollback art1 --to v1", "repair art1", "gc art1", "forget --url apple --dry-run",
+         "rm runs/run4 --yes", "ls", "ls set1", "show {key}", "status", "report", "verify", "init demo demo.toml",
+         "doctor")
+_ROOTLESS = ("recipes", "init", "demo", "plan")
+_HEAD = """def score(shard):
+    return shard.vectors[:, 0]
+"""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def measure(command: str, folder: Path, log: Path, **environment: str) -> Silenc
 def commands(folder: Path) -> list[tuple[str, str]]:
     """Names and command lines, in the order in which each finds what it needs."""
     names = {"images": folder / "images", "settings": folder / "settings.toml", "stage": folder / "first-stage",
-             "key": "00000000"}
+             "key": f"flat/{next((folder / 'images/flat').glob('*.png')).name}"}
 
     def line(words: str, more: str = "", program: str = _VERBS) -> str:
         root = "" if words.split()[0] in _ROOTLESS else f" --root {folder}/root"
@@ -127,6 +132,7 @@ def prepare(folder: Path) -> None:
     run_stage(corpus)
     (folder / "images").symlink_to(corpus.folder)
     (folder / "settings.toml").write_text(_SETTINGS)
+    (folder / "first_head.py").write_text(_HEAD)
     weights = {name: tensor.float() for name, tensor in compvis.read(
         CHECKOUT / "tests/model/weights/golden/compvis_small.safetensors").first_stage.items()}
     first_stage.build(compvis.first_stage_config(weights), compvis.first_stage_weights(weights)
@@ -143,8 +149,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "images").exists():
         prepare(folder)
-    environment = _UP | {"PYTHONPATH": str(CHECKOUT), "RDM_STATE": str(folder / "cluster"), "WANDB_MODE": "disabled",
-                         "RDM_CACHE": str(folder / "cache"),
+    environment = _UP | {"PYTHONPATH": f"{CHECKOUT}:{folder}", "RDM_STATE": str(folder / "cluster"),
+                         "RDM_CACHE": str(folder / "cache"), "WANDB_MODE": "disabled",
                          "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     print("| command | exit | whole, s | longest silence, s | from, s | after |\n|---|---|---|---|---|---|")
     for name, command in commands(folder):

@@ -47,6 +47,12 @@ def test_the_next_command_reads_only_existing_folders(trained_root: Path, tmp_pa
     root = Path(shutil.copytree(trained_root, tmp_path / "root"))
     for name in ("hatched", "outline"):
         shutil.rmtree(root / "datasets" / name)
+        shutil.copytree(root / "datasets/drawn", root / "datasets" / name)
+    shutil.rmtree(root / "datasets/flat")
+    # All captions were seen in training, so nothing is left to evaluate.
+    assert _next_words("sample", "runs/small/samples/x", root)[3:] == ["credits", "runs/small/samples/x"]
+    for name in ("hatched", "outline"):
+        shutil.rmtree(root / "datasets" / name)
     assert _next_words("sample", "runs/small/samples/x", root)[3:] == ["credits", "runs/small/samples/x"]
     assert _next_words("import", "runs/small", root, "gone")[-2:] == ["--database", "drawn"]
     shutil.rmtree(root / "datasets")

@@ -1,0 +1,81 @@
+"""The same command of `pipeline` continues after other verbs have worked on the dataset."""
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs.cli.main import main
+from pipeline import storage
+
+_TRAIN = """[train]
+steps = 3
+global_batch = 8
+precision = "fp32"
+image_size = 16
+[train.unet]
+model_channels = 32
+"""
+Run = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> tuple[Run, Run, Path]:
+    """Runs a verb; runs a pipeline that trains; and the root of both."""
+    folder = tmp_path_factory.mktemp("again")
+    (folder / "settings.toml").write_text(_TRAIN)
+
+    def run(*words: str) -> int:
+        return main([*words, "--root", str(folder / "root"), "--local", "--config", str(folder / "settings.toml")])
+
+    def pipeline(*more: str) -> int:
+        return run("pipeline", "a", "--source", str(drawn_pictures / "flat"), "--image-size", "16", "--train", "r",
+                   *more)
+
+    return run, pipeline, folder / "root"
+
+
+def test_the_same_pipeline_continues_after_other_verbs(place: tuple[Run, Run, Path],
+                                                       caplog: pytest.LogCaptureFixture) -> None:
+    run, pipeline, root = place
+    assert run("shard", "a", "--source", str(root.parent / "none")) == 2  # a failure claims nothing
+    assert pipeline("--train.lr", "1e30") == 1  # the loss is not finite
+    assert pipeline() == 0
+    sealed = storage.read_json(str(root / "runs/r/manifest.json"))
+    for words in (["embed", "a", "--captions"], ["ls", "a"], ["report"]):
+        assert run(*words) == 0 if words[0] == "embed" else main([*words, "--root", str(root)]) == 0
+        assert pipeline() == 0
+    assert storage.read_json(str(root / "runs/r/manifest.json")) == sealed
+
+
+def test_another_key_is_refused_by_name_and_the_hint_works(place: tuple[Run, Run, Path],
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    run, pipeline, _ = place
+    assert run("index", "a", "--key", "SQ8") == 2
+    assert "(section.key: there \"\", now \"SQ8\")" in capsys.readouterr().err
+    assert run("index", "a", "--key", "SQ8", "--overwrite") == 0
+    capsys.readouterr()
+    assert pipeline() == 2
+    assert "(section.key: there \"SQ8\", now \"\")" in capsys.readouterr().err
+    assert pipeline("--index.key", "SQ8") == 2  # the lists of neighbors are of the index before
+
+
+@pytest.mark.parametrize("verb", ["embed", "pipeline", "rebuild"])
+def test_a_source_that_is_not_the_demo_gets_one_line_on_the_encoder(
+        verb: str, tmp_path: Path, drawn_pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = ["--source", str(drawn_pictures / "flat"), "--image-size", "16"]
+    root = ["--root", str(tmp_path / "root"), "--local"]
+    if verb == "embed":
+        assert main(["shard", "a", *source, *root]) == 0
+        source = []
+    with caplog.at_level(logging.WARNING):
+        assert main([verb, "a", *source, *root, "--dry-run"]) == 0
+    lines = [line for line in caplog.messages if "the defaults are for the demo" in line]
+    assert len(lines) == 1
+    named = re.search(r"--recipe tiny", lines[0])
+    assert named
+    caplog.clear()
+    assert main([verb, "a", *source, *root, *named[0].split()]) == 0
+    assert "the defaults are for the demo" not in caplog.text
