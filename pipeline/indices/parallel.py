@@ -43,7 +43,7 @@ class IndexingStage(Stage):
 
     @property
     def uses_captions(self) -> bool:
-        """Whether the plan of the stage has embeddings of captions. Those that were made later do not count."""
+        """Whether the plan of the stage has embeddings of captions. The stage ignores later ones."""
         return "text_embeddings" in (self.claim.inputs if self.claim else self.inputs())
 
     @property

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from jobs.cli.main import main
 from jobs.inspection import prometheus as inspection_prometheus
 from jobs.inspection import status, watch
+from jobs.report.report import write_report
 from jobs.runs.metrics import Metrics
 from jobs.runs.run import Run
 from pipeline import storage
@@ -69,6 +72,39 @@ def test_a_snapshot_has_published_running_failed_and_unfinished_stages(root: str
     assert "v1*" in row and "3 days 0 h ago" in row and "number 7" in row and "recall@10 0.9500" in row
     row = next(line for line in text.splitlines() if line.startswith("flat") and " embed " in line)
     assert "10/s" in row and "30 of 120 rows" in row and "9 s" in row and "1 cut" in row
+
+
+def test_the_four_views_show_the_same_states(root: str) -> None:
+    Path(root, "runs/small/manifest.json").unlink()
+    storage.put_json({"launch": "", "kind": "FloatingPointError", "message": "step 4: loss nan", "at": 1.0},
+                     Run.parse(root, "small").fault_address)
+    storage.put_json([{"name": "recall@10", "passed": False}], f"{root}/datasets/hatched/v1/gates.json")
+    Path(root, "datasets/outline/v1/index/manifest.json").write_text("{")
+    known = {state["path"]: state for state in status.read_status(root)}
+    wanted = {"datasets/flat/v1/embeddings": "0 of 1", "datasets/flat/v1/index": "stale", "runs/small": "failed",
+              "datasets/outline/v1/index": "damaged", "datasets/hatched/v1/index": "sealed"}
+    assert {path: known[path]["state"] for path in wanted} == wanted
+    assert {path for path, state in known.items() if state["published"]} == {
+        path for path in known if path.startswith("datasets/drawn/v1/")}
+    snapshot = watch.read_snapshot(root)
+    assert {row["path"]: row["state"] for row in snapshot["stages"]} == {
+        path: state["state"] for path, state in known.items()}
+    assert {name: pointer["version"] for name, pointer in snapshot["published"].items()} == {"drawn": "v1"}
+    registry = CollectorRegistry()
+    registry.register(inspection_prometheus.RootMetrics(root))
+    for path, state in known.items():
+        labels = status.state_labels(path, state)
+        told = {name: registry.get_sample_value(f"rdm_stage_{name}", labels) for name in (
+            "stale", "damaged", "failed", "published", "stopped")}
+        assert told == {name: float(state["state"] == name) for name in ("stale", "damaged", "failed")} | {
+            "published": float(state["published"]), "stopped": float("failed_gates" in state)}, path
+    with pytest.raises(storage.DamagedFile, match="1 part of it could not be read: datasets/outline/v1/index"):
+        write_report(root, f"{root}/report.html")
+    page = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", Path(root, "report.html").read_text()))
+    table = status.status_table(root, list(known.values()))
+    for text in (table, watch.snapshot_text(snapshot), page):
+        for word in ("stale", "failed", "step 4: loss nan", "damaged", "published", "stopped by recall@10"):
+            assert word in text, (word, text)
 
 
 def test_a_driver_that_ended_is_shown_as_silent(root: str) -> None:
