@@ -111,17 +111,18 @@ class Root:
         return [SampledImage(entry["prompt"], entry["database"], storage.join(stage.folder, entry["file"]),
                              tuple(entry["neighbors"])) for entry in document["pictures"]]
 
-    def batches(self, dataset: str, database: str = "", *, k: int = 4, global_batch: int = 16, size: int = 0,
-                seed: int = 0) -> "Batches":
+    def batches(self, dataset: str, database: str = "", *, k: int = 4, batch_size: int = 16,
+                image_size: int = 0, seed: int = 0) -> "Batches":
         """The training batches of a dataset with its neighbors in a database (by default in itself).
 
         `batches.at(step)` is a dict of arrays: image (B, H, W, 3) uint8, neighbors (B, k, D) float16, rows (B,) int64.
-        `size` is the side of the images in pixels; 0: as they are stored. ValueError if the neighbors are missing.
+        `batch_size` is B. `image_size` is the side H = W of the images in pixels; 0: as they are stored. ValueError if
+        the neighbors are missing.
         """
         from pipeline.batches.batches import Batches
         from pipeline.datasets.published import open_dataset
         return Batches(open_dataset(self.address, dataset), open_dataset(self.address, database or dataset), k=k,
-                       global_batch=global_batch, seed=seed, size=size)
+                       global_batch=batch_size, seed=seed, size=image_size)
 
 
 def open_root(address: str) -> Root:

@@ -24,23 +24,12 @@ from pipeline.media.types import LONG_SIDE_MODES, BadImage
 from pipeline.rows.rows import ReadReport, Row
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.detect import open_source
-from pipeline.sources.patterns import is_pattern
 from pipeline.sources.source import Source
 from pipeline.stages.scratch import scratch_folder
 
 _log = logging.getLogger(__name__)
 _SAMPLED_IMAGES = 64
 _SQUARES = "--resize center_crop makes squares of one size"
-
-
-def check_source(config: ShardConfig) -> None:
-    """ValueError if no source is named, or a local one does not exist."""
-    if not config.source:
-        raise ValueError("no source is named: expected --source, got none\n"
-                         "hint: --source FOLDER, or a list of URLs, or tars")
-    for source in config.source:
-        if storage.is_local(source) and not is_pattern(source) and not Path(storage.local_path(source)).exists():
-            raise ValueError(f"there is no file or folder {source}")
 
 
 def check_training_images(dataset: Dataset, shard: ShardConfig, train: TrainConfig) -> None:
@@ -57,11 +46,16 @@ def check_training_images(dataset: Dataset, shard: ShardConfig, train: TrainConf
 
 def check_stored_images(dataset: Dataset, train: TrainConfig) -> None:
     """ValueError if the images in the first shard of a dataset do not fit the network."""
+    _check_sizes(stored_sizes(dataset), f"the images of {dataset.label}", train, f"python -m jobs shard "
+                 f"{dataset.name}@v2 --source SOURCE --resize center_crop makes squares of one size")
+
+
+def stored_sizes(dataset: Dataset) -> Iterator[tuple[int, int]]:
+    """Width and height of the images in the first shard of a dataset."""
     record = dataset.manifest("shards")["items"][0]
-    rows = metadata(dataset, record, ["width", "height"])
-    sizes = [(row["width"], row["height"]) for row in rows if row.get("width") and row.get("height")]
-    _check_sizes(iter(sizes), f"the images of {dataset.label}", train, f"python -m jobs shard {dataset.name}@v2 "
-                 f"--source SOURCE --resize center_crop makes squares of one size")
+    for row in metadata(dataset, record, ["width", "height"]):
+        if row.get("width") and row.get("height"):
+            yield row["width"], row["height"]
 
 
 def _check_sizes(sizes: Iterator[tuple[int, int]], whose: str, train: TrainConfig, hint: str) -> None:

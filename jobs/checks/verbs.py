@@ -9,6 +9,7 @@ from typing import Any
 from jobs.checks import inputs, machine, settings
 from jobs.checks.check import Check
 from jobs.checks.estimate import count_at_least, estimate_bytes
+from jobs.checks.source import check_source
 from jobs.cluster.config import ClusterConfig
 from jobs.cluster.gpus import check_gpus
 from jobs.config.settings import Settings
@@ -22,6 +23,7 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.published import Published
 from pipeline.embeddings.embed import Embed
 from pipeline.embeddings.reachable import vector_length
+from pipeline.storage import DamagedFile
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,11 @@ class PlannedBuild:
 
     @property
     def has_published(self) -> bool:
-        """Whether a version of the dataset was published, a damaged or unsigned one too."""
-        return storage.exists(storage.join(self.dataset.root, "datasets", self.dataset.name, "current.json"))
+        """Whether a version of the dataset is published, a damaged or unsigned one too."""
+        try:
+            return bool(Published.load(self.dataset.root, self.dataset.name).version)
+        except DamagedFile:
+            return True
 
 
 def pipeline_checks(build: PlannedBuild) -> Iterator[Check]:
@@ -107,7 +112,7 @@ def can_read(root: str, *, here: bool) -> bool:
 def _place_checks(build: PlannedBuild) -> Iterator[Check]:
     if build.here:
         yield Check("root", partial(machine.check_root, build.dataset.root))
-        yield Check("source", partial(inputs.check_source, build.settings.shard))
+        yield Check("source", partial(check_source, build.settings.shard.source))
 
 
 def _encoder_checks(build: PlannedBuild) -> Iterator[Check]:

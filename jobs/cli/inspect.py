@@ -149,10 +149,16 @@ def _version_folder(path: str) -> str:
 
 
 def _find_removing(root: str, stages: list[dict[str, Any]]) -> set[str]:
-    """The folders of versions that a killed gc has not removed completely."""
+    """The folders of versions that a killed gc or rm has not removed completely."""
     from jobs.publishing.whole_versions import is_removed
     folders = {_version_folder(stage["path"]) for stage in stages} - {""}
     return {folder for folder in folders if is_removed(root, folder.split("/")[1], folder.split("/")[2])}
+
+
+def _finish_removal(root: str, name: str) -> str:
+    """The command that removes the rest of a dataset, or of its versions."""
+    from pipeline.datasets.published import Published
+    return f"python -m jobs {f'rm {name} --published' if Published.load(root, name).is_removed else f'gc {name}'}"
 
 
 def run_verify(options: VerifyOptions) -> int:
@@ -173,8 +179,8 @@ def run_verify(options: VerifyOptions) -> int:
         stages = [stage for stage in stages if stage["path"].startswith(current)]
     removing = _find_removing(root, stages)
     if removing:
-        _log.info("verify: the rest of %s is not read, because gc removes it\nhint: python -m jobs gc %s",
-                  ", ".join(sorted(removing)), min(removing).split("/")[1])
+        _log.info("verify: the rest of %s is not read, because it is being removed\nhint: %s",
+                  ", ".join(sorted(removing)), _finish_removal(root, min(removing).split("/")[1]))
         stages = [stage for stage in stages if _version_folder(stage["path"]) not in removing]
     # A stale folder that was never sealed promises nothing.
     folders = [stage["path"] for stage in stages if stage["state"] in {"sealed", "damaged"}

@@ -15,7 +15,7 @@ import sys
 
 from jobs import __version__
 from jobs.cli.options import STOPPED
-from jobs.cli.parse import check_root, flags_of, parse_command
+from jobs.cli.parse import check_options, flags_of, parse_command
 from jobs.cli.submit import check_needed
 from jobs.telemetry import interrupts, logs, output
 from pipeline import storage
@@ -39,8 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         if (code := _inform(arguments)) is not None:
             return code
         check_needed()
-        run, options = parse_command(arguments, read_root=True)
-        check_root(arguments[0], options)
+        run, options = parse_command(arguments, read_root=True, check=check_options)
         code = run(options)
         sys.stdout.flush()
         return code

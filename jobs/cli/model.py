@@ -18,6 +18,7 @@ from jobs.telemetry import interrupts, output
 from jobs.training.config import ConvertConfig
 from model.config import TrainConfig
 from pipeline import storage
+from pipeline.datasets.dataset import list_names
 from pipeline.embeddings.config import EmbedConfig
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def run_train(options: TrainOptions) -> int:
 def check_train(options: TrainOptions, *, here: bool = True) -> "Job":
     """The job of a run, after its checks. `here`: this machine does the work."""
     from jobs.checks.check import run_checks
-    from jobs.checks.demo_defaults import mention_demo_defaults
+    from jobs.checks.demo_defaults import mention_demo_defaults, mention_large_images
     from jobs.checks.verbs import can_read, train_checks
     from jobs.config.settings import Settings
     from jobs.runs.metrics import never_made_a_step
@@ -97,6 +98,8 @@ def check_train(options: TrainOptions, *, here: bool = True) -> "Job":
     run_checks(train_checks(job, options.cluster, local=local, here=here))
     if not (options.common.names_recipe or pinned):
         mention_demo_defaults(Settings(train=options.train), embeds=False, trains=True)
+    if readable and not (pinned or job.latents):
+        mention_large_images(job.dataset, options.train)
     return job
 
 
@@ -190,6 +193,10 @@ class SampleOptions:
 
 
 def run_sample(options: SampleOptions) -> int:
+    if not options.database:
+        names = list_names(storage.normalize(options.common.root))
+        raise ValueError(f"sample needs a database: expected --database, got none; there are {', '.join(names)}\n"
+                         f"hint: --database {names[0] if names else 'NAME'}")
     from jobs.runs.run import Run
     from jobs.sampling.default_run import default_run
     from jobs.sampling.mixture import Mixture

@@ -1,9 +1,12 @@
 """Options that several verbs share. A flag is a field of an options class; its help is the text below the field."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
+
+if TYPE_CHECKING:
+    from pipeline.datasets.signatures import ReleaseKeys
 
 Section = TypeVar("Section")
 Flat = Annotated[Section, tyro.conf.OmitArgPrefixes]
@@ -50,6 +53,23 @@ class StageOptions:
     WANDB_API_KEY), with a key also for other stages."""
     json: bool = False
     """Print the result as JSON. This is the default without a terminal."""
+
+
+@dataclass(frozen=True)
+class SigningOptions:
+    """Options of the verbs that publish."""
+
+    sign: str = ""
+    """File with the ed25519 private key that signs the publication. Only its owner may read it."""
+    accept_unsigned: bool = False
+    """With --sign: accept a published version without a signature, and sign it or the version that follows it."""
+    unsigned: bool = False
+    """Publish without a signature although the dataset is signed."""
+
+    def keys(self) -> "ReleaseKeys":
+        """The keys to publish with; ValueError if the private key cannot be used."""
+        from pipeline.datasets.signatures import publishing_keys
+        return publishing_keys(self.sign, accept_unsigned=self.accept_unsigned, unsigned=self.unsigned)
 
 
 Dataset = Annotated[str, tyro.conf.Positional,

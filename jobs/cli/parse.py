@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
+from jobs.checks.source import check_source
 from jobs.cli.options import CommonOptions, StageOptions
 from jobs.telemetry.output import PROGRAM
 from pipeline import storage
+from pipeline.datasets.dataset import Dataset, refuse_unknown
 
 if TYPE_CHECKING:
     from jobs.config.settings import Settings
@@ -35,22 +37,25 @@ GROUPS = {"build": ("demo", "style", "recipes", "pipeline", "shard", "embed", "s
           "watch": ("ls", "show", "status", "report", "verify"),
           "operate": ("init", "doctor", "submit", "plan")}
 """The verbs by purpose, as the help lists them."""
+_READ_A_SOURCE = {"style", "rebuild", "pipeline"}
+"""Verbs that need a source."""
 _READ_A_ROOT = {"embed", "score", "index", "neighbors", "latents", "train", "evaluate", "export", "search", "sample",
-                "versions", "rollback", "repair", "gc", "verify", "report", "show", "rm"}
+                "versions", "rollback", "repair", "gc", "forget", "verify", "report", "show", "rm", "ls", "status"}
 """Verbs that need a root with a dataset or a run."""
 _LOOK = {*GROUPS["watch"], "search", "versions"}
 """Verbs that only read, for a user who waits. The others repeat requests to a store for minutes."""
 STORE_ANSWER_S = 30.0
 """Seconds within which a store must answer the first request of the verbs that only read."""
-_FOLDERS_OF_A_ROOT = {"datasets", "runs", "pictures", "published"}
+_FOLDERS_OF_A_ROOT = {"datasets", "runs", "pictures", "published", "takedowns"}
 _OLD_FLAGS = {f"--{old}": f"--{new}" for old, new in (("rebuild", "overwrite"), ("no-rebuild", "no-overwrite"))}
 
 
-def parse_command(arguments: Sequence[str], *, read_root: bool = False) -> tuple[Run, Any]:
+def parse_command(arguments: Sequence[str], *, read_root: bool = False,
+                  check: Callable[[str, Any], None] | None = None) -> tuple[Run, Any]:
     """The function of a verb, and its options. ValueError if there is no such verb.
 
     `read_root`: settings that the command does not name are those of the published version, for verbs that make the
-    next one.
+    next one. `check` gets the verb and the options before that.
     """
     verb, flags = arguments[0], list(arguments[1:])
     kind, run = load_verb(verb)
@@ -69,13 +74,26 @@ def parse_command(arguments: Sequence[str], *, read_root: bool = False) -> tuple
         if error.code == 2:  # tyro has named the fault
             _log.info("for example: %s %s", PROGRAM, kind.examples[0])  # type: ignore[attr-defined]
         raise
+    if check:
+        check(verb, options)
     if read_root and hasattr(options, "read_published_settings") and (past := options.read_published_settings()):
         without, options = options, parse(past.apply)
         past.log_differences(verb, without, options)
     return run, options
 
 
-def check_root(verb: str, options: Any) -> None:
+def check_options(verb: str, options: Any) -> None:
+    """ValueError if the root, a dataset or the source of a command does not exist.
+
+    It comes first, as the imports of a verb take seconds.
+    """
+    _check_root(verb, options)
+    _check_names(verb, options)
+    if verb in _READ_A_SOURCE:
+        check_source(options.shard.source)
+
+
+def _check_root(verb: str, options: Any) -> None:
     """ValueError if a local root is a file, or if a verb that reads one finds no root there.
 
     NoAnswer if the verb only looks, and its store does not answer.
@@ -90,7 +108,8 @@ def check_root(verb: str, options: Any) -> None:
     folder = storage.local_path(root)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the root {root} is a file: expected a folder\nhint: --root FOLDER")
-    if verb not in _READ_A_ROOT:
+    is_server = hasattr(options, "serve") and options.serve  # it may start before the root is made
+    if verb not in _READ_A_ROOT or is_server:
         return
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
     if there is None or (there and not _FOLDERS_OF_A_ROOT.intersection(there)):
@@ -106,6 +125,18 @@ def _check_answer(root: str) -> None:
         raise
     except OSError as error:  # the keys may allow to read objects, and not to list them
         _log.debug("the store answers: %s", error)
+
+
+def _check_names(verb: str, options: Any) -> None:
+    """ValueError if the command reads a dataset that does not exist, or makes one without a valid name."""
+    for role in ("dataset", "database", "validation"):
+        value: str | tuple[str, ...] = getattr(options, role, ())
+        for text in filter(None, (value,) if isinstance(value, str) else value):
+            for part in text.split("+"):
+                dataset = Dataset.parse(options.common.root, part.partition(":")[0])
+                if verb in _READ_A_ROOT:
+                    command = dataset.command("shards") if verb == "embed" else "python -m jobs ls"
+                    refuse_unknown(dataset.root, dataset.name, command)
 
 
 def flags_of(verb: str, words: Sequence[str]) -> Sequence[str]:

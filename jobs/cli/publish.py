@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from jobs.cli.options import CommonOptions, DatasetName, Flat, Words
+from jobs.cli.options import CommonOptions, DatasetName, Flat, SigningOptions, Words
 from jobs.cli.run_stage import open_runner, spare_ray
 from jobs.cluster.config import ClusterConfig
 from jobs.config.settings import Settings
@@ -22,29 +22,11 @@ from pipeline.stages.timers import Times
 if TYPE_CHECKING:
     from jobs.config.published_settings import PublishedSettings
     from jobs.publishing.rebuild import Rebuild
-    from pipeline.datasets.signatures import ReleaseKeys
     from pipeline.stages.stage import Stage
 
 _log = logging.getLogger(__name__)
 _IMAGES_WITHOUT_RAY = 5000
 """Up to this number of images, `style` runs without Ray."""
-
-
-@dataclass(frozen=True)
-class SigningOptions:
-    """Options of the verbs that publish."""
-
-    sign: str = ""
-    """File with the ed25519 private key that signs the publication. Only its owner may read it."""
-    accept_unsigned: bool = False
-    """With --sign: accept a published version without a signature, and sign it or the version that follows it."""
-    unsigned: bool = False
-    """Publish without a signature although the dataset is signed."""
-
-    def keys(self) -> "ReleaseKeys":
-        """The keys to publish with; ValueError if the private key cannot be used."""
-        from pipeline.datasets.signatures import publishing_keys
-        return publishing_keys(self.sign, accept_unsigned=self.accept_unsigned, unsigned=self.unsigned)
 
 
 @dataclass(frozen=True)
@@ -182,15 +164,18 @@ class VersionsOptions:
 
 def run_versions(options: VersionsOptions) -> int:
     from jobs.publishing.releases import list_versions, versions_table
+    from pipeline.datasets.published import Published
     name = _dataset_name(options.common.root, options.dataset, f"versions {options.dataset.split('@')[0]}")
     versions = list_versions(options.common.root, name)
     if options.json:
         output.print_json(versions, indent=1)
     else:
         output.print_text(versions_table(versions))
-    if not any(version["published"] for version in versions):
+    current = Published.load(options.common.root, name)
+    if not current.version:
         hint = output.add_root(f"python -m jobs rebuild {name} --source SOURCE", options.common.root)
-        _log.info("versions: nothing of %s is published\nhint: %s", name, hint)
+        why = f"{name} was removed" if current.is_removed else f"nothing of {name} is published"
+        _log.info("versions: %s\nhint: %s", why, hint)
     return 0
 
 
@@ -276,9 +261,9 @@ def run_gc(options: GcOptions) -> int:
 
 def _dataset_name(root: str, text: str, hint: str) -> str:
     """The name of a dataset, for verbs about all its versions. ValueError if `text` names a version."""
-    from pipeline.datasets.dataset import Dataset, refuse_mistyped
+    from pipeline.datasets.dataset import Dataset, refuse_unknown
     name = Dataset.parse(root, text).name
-    refuse_mistyped(storage.normalize(root), name)
+    refuse_unknown(storage.normalize(root), name)
     if "@" in text:
         raise ValueError(f"{text}: this is about all versions of {name}\nhint: python -m jobs {hint}")
     return name

@@ -62,12 +62,14 @@ def seal_and_print(stage: "Stage", options: Any, **how: Any) -> int:
 
 
 def check_unpublished(stage: "Stage", overwrite: bool) -> None:
-    """ValueError if the stage would be written into a published version. Published versions never change."""
+    """ValueError if the stage would be written into a published version, which never changes, or a removed one."""
+    from jobs.publishing.whole_versions import refuse_removed
     from pipeline.datasets import published, release_files
     from pipeline.datasets.dataset import Dataset
     parts = stage.path.split("/")
     if parts[0] == "datasets" and parts[3] in published.STAGES:
         dataset = Dataset(stage.root, parts[1], parts[2])
+        refuse_removed(dataset, parts[3])
         sealed = dataset.is_sealed(parts[3])
         if (overwrite or (parts[3] == "tombstones" and not sealed)) and release_files.read_release(dataset)[0]:
             raise ValueError(f"{dataset.name}@{dataset.version} was published, and a published version never changes\n"

@@ -89,6 +89,8 @@ def read_published_settings(root: str, name: str, settings: EmbedConfig, *, scor
         return None
     try:
         published = Published.load(root, name, keys)
+        if published.is_removed:
+            return None
         dataset = published.open()
         sections = {stage: dataset.manifest(stage) for stage in ("shards", "embeddings", "index")}
         hide = dataset.manifest("tombstones")["section"].get("hide", "") if dataset.is_sealed("tombstones") else ""

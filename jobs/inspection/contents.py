@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs.inspection.status import COUNT_PARAMETERS, read_status
 from jobs.publishing.releases import describe_failed_gates
-from jobs.runs.targets import is_within, suggest
+from jobs.runs.targets import is_within, refuse_unknown_target, suggest
 from jobs.telemetry import tables
 from jobs.telemetry.units import format_bytes, format_count
 from pipeline import storage
@@ -32,6 +32,7 @@ def list_stages(root: str, below: str) -> list[dict[str, Any]]:
     states = read_status(root)
     chosen = [state for state in states if is_within(state["path"], below)]
     if not chosen:
+        refuse_unknown_target(root, below)
         hint = suggest(below, [state["path"] for state in states])
         raise ValueError(f"there is no {below} in {root}\nhint: {hint}")
     return [_summarize(state["path"], [state]) | {"files": list(_files(root, state))}

@@ -13,7 +13,9 @@ from jobs.runs.run import Run
 from jobs.telemetry import progress_bar, tables
 from jobs.telemetry.units import format_bytes
 from pipeline import storage
-from pipeline.datasets.dataset import Dataset, is_name
+from pipeline.datasets import version_marks
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.names import is_name
 from pipeline.stages import records
 from pipeline.stages.documents import NUMBER, check_more_items, check_plan, check_progress, check_sealed, check_shape
 from pipeline.stages.manifest import changed_inputs
@@ -35,6 +37,8 @@ _CHECKS = {"plan.json": check_plan, "manifest.json": check_sealed}
 def read_status(root: str) -> list[dict[str, Any]]:
     """Every stage below `root` with its state: absent, planned, i of n, sealed, stale, failed or damaged.
 
+    Versions that gc or rm has removed are left out.
+
     * stale: an input was rebuilt later, with different content.
     * damaged: a plan or manifest cannot be read.
     * failed: a run ended with an error that a retry does not fix.
@@ -50,7 +54,14 @@ def read_status(root: str) -> list[dict[str, Any]]:
             states.append({"path": path, "state": "damaged", "error": str(error).splitlines()[0]})
     published = {f"datasets/{name}/{pointer['version']}" for name, pointer in read_published(root).items()}
     return [marked for version, members in groupby(states, key=lambda state: "/".join(state["path"].split("/")[:3]))
-            for marked in _mark(root, version, list(members), version in published)]
+            for marked in _mark(root, version, list(members), version in published)
+            if marked["state"] != "absent" or not _is_removed(root, version)]
+
+
+def _is_removed(root: str, folder: str) -> bool:
+    """Whether a folder is a version of a dataset that gc or rm has removed."""
+    kind, name, *number = folder.split("/")
+    return kind == "datasets" and version_marks.is_removing(Dataset(root, name, number[0]))
 
 
 def _mark(root: str, version: str, states: list[dict[str, Any]], published: bool) -> list[dict[str, Any]]:
@@ -85,7 +96,7 @@ def read_published(root: str) -> dict[str, dict[str, Any]]:
         with contextlib.suppress(FileNotFoundError, ValueError):
             url = storage.join(root, "datasets", name, "current.json")
             pointer = check_shape(storage.read_json(url), url, _POINTER, "python -m jobs repair NAME")
-            if is_name(pointer["version"]):
+            if is_name(pointer["version"]) and "removed" not in pointer:
                 pointers[name] = pointer
     return pointers
 

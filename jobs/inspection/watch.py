@@ -13,7 +13,9 @@ from pipeline import storage
 from pipeline.stages.progress import period
 from pipeline.stages.types import count_row_failures
 
-_HEAD = ("dataset", "version", "stage", "state", "done", "rate", "left", "failures, left out")
+_TITLE = 4
+"""Cells that name a stage and its state."""
+_HEAD = ("dataset", "version", "stage", "state", "done", "rate", "time", "failures, left out")
 
 
 def watch_root(root: str, *, as_json: bool = False, every: float = 0.0) -> None:
@@ -91,7 +93,7 @@ def snapshot_text(now: dict[str, Any]) -> str:
     clock = time.strftime("%H:%M:%S", time.localtime(now["time"]))
     what = "" if now["stages"] else "\nnothing here yet"
     wrong = f"\ncannot be read since then: {now['error']}" if now.get("error") else ""
-    return f"{now['root']} at {clock}{wrong}\n\n" + tables.render(lines, head=_HEAD) + what
+    return f"{now['root']} at {clock}{wrong}\n\n" + tables.render_or_list(lines, head=_HEAD, title=_TITLE) + what
 
 
 def _published_cells(name: str, pointer: dict[str, Any]) -> tuple[str, ...]:
@@ -116,7 +118,7 @@ def _done_text(row: dict[str, Any]) -> str:
 def _time_left(row: dict[str, Any]) -> str:
     if row["silent_s"]:
         return f"silent for {format_duration(row['silent_s'])}"
-    return format_duration(row["seconds_left"]) if row["seconds_left"] else ""
+    return f"{format_duration(row['seconds_left'])} left" if row["seconds_left"] else ""
 
 
 def _failures_text(row: dict[str, Any]) -> str:

@@ -11,7 +11,8 @@ from jobs.publishing.whole_versions import (
 )
 from pipeline import storage
 from pipeline.datasets import published, release_files
-from pipeline.datasets.dataset import Dataset, is_name
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.names import is_name
 from pipeline.datasets.published import Published
 from pipeline.datasets.signatures import ReleaseKeys
 from pipeline.storage import DamagedFile

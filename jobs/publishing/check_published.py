@@ -37,8 +37,9 @@ def list_published(root: str) -> list[str]:
 
 def _is_published(root: str, name: str) -> bool:
     try:
-        return (bool(Published.load(root, name).version)
-                or release_files.has_release(Dataset(storage.normalize(root), name)))
+        current = Published.load(root, name)
+        return bool(current.version) or (not current.is_removed and release_files.has_release(
+            Dataset(storage.normalize(root), name)))
     except DamagedFile:
         return True
 
@@ -59,6 +60,8 @@ def check_published(root: str, *, quick: bool = False, keys: ReleaseKeys | None 
     for name in names:
         try:
             current = Published.load(root, name, keys)
+            if current.is_removed:  # `rm` was killed, and the same command removes the rest
+                continue
             if not current.version:  # it has a release, or must have a signature
                 published.open_dataset(root, name, keys=keys)
                 continue

@@ -8,7 +8,7 @@ from jobs.publishing.consumers import find_consumers
 from jobs.publishing.whole_versions import find_replacement
 from pipeline import storage
 from pipeline.datasets import takedown_list, takedowns
-from pipeline.datasets.dataset import DEFAULT_VERSION, Dataset, datasets, refuse_mistyped
+from pipeline.datasets.dataset import DEFAULT_VERSION, Dataset, datasets, refuse_unknown
 from pipeline.datasets.pointer import DamagedPointer
 from pipeline.datasets.published import Published
 from pipeline.datasets.takedown_list import Forgotten
@@ -36,7 +36,7 @@ def parse_takedown(root: str, sha256: Sequence[str], urls: Sequence[str], keys: 
             raise DamagedFile(f"{text} was not found, and these cannot be read: {_list_faults(unreadable)}\n"
                               f"hint: --sha256 or --url instead of --key")
         if not pictures:
-            refuse_mistyped(dataset.root, dataset.name)
+            refuse_unknown(dataset.root, dataset.name)
             raise ValueError(f"no version of {name} has a sample {key}\nhint: DATASET/KEY, as samples.json and credits "
                              f"name them")
         hashes |= {value for row in pictures for value in (row["sha256"], row.get("original_sha256")) if value}

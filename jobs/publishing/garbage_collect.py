@@ -46,6 +46,7 @@ def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = F
         marks = {version: version_marks.read_mark(Dataset(root, name, version))
                  for version in storage.list_folders(storage.join(root, "datasets", name))}
         current = Published.load(root, name)  # after the marks: a version that is published later has another mark
+        current.refuse_removed()
         if not current.version:
             raise ValueError(f"nothing of {name} is published in {root}: nothing is old\n"
                              f"hint: python -m jobs versions {name}")

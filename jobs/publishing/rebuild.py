@@ -115,7 +115,7 @@ class Rebuild:
         if not fault:
             return base
         if Published.load(self.root, self.name, self.keys).version != before.version:
-            raise StageFailed(f"another command published a version of {self.name} and gc removed {before.version}\n"
+            raise StageFailed(f"another command published or removed a version of {self.name} meanwhile\n"
                               f"hint: run the same command again")
         _log.warning("rebuild: the published %s@%s is damaged (%s): every image is read again, and the gates do not "
                      "compare with it", self.name, before.version, fault)
@@ -261,6 +261,9 @@ class Rebuild:
             before = Published.load(self.root, self.name, self.keys)
             if before.version == dataset.version:
                 return {"published": dataset.version, "by": "another"}
+            if before.is_removed and before.number >= number:
+                raise StageFailed(f"{dataset.name} was removed while {dataset.version} was built\n"
+                                  f"hint: the same rebuild makes another version")
             if before.number > number:
                 _log.info("rebuild: another command published %s: %s is older and is not published", before.version,
                           dataset.version)
@@ -352,7 +355,7 @@ def run_rebuild(rebuild: Rebuild, seal: Seal) -> dict[str, Any]:
         except ValueError:
             if not version_marks.is_removing(dataset):
                 raise
-            raise StageFailed(f"gc removed {dataset.name}@{dataset.version} while it was built: this command slept "
+            raise StageFailed(f"{dataset.name}@{dataset.version} was removed while it was built: this command slept "
                               f"longer than its lease\nhint: the same rebuild makes another version") from None
 
 

@@ -1,6 +1,5 @@
 """The versions of a published dataset: list them, and roll back to an earlier one."""
 
-import difflib
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from jobs.telemetry import tables
 from jobs.telemetry.units import format_time
 from pipeline import storage
 from pipeline.datasets import release_files
-from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.dataset import Dataset, refuse_unknown
 from pipeline.datasets.published import Published
 from pipeline.datasets.signatures import ReleaseKeys
 from pipeline.stages.documents import check_shape
@@ -35,7 +34,9 @@ def list_versions(root: str, name: str) -> list[dict[str, Any]]:
 
     `at`: when it was last published, by the clock of the publisher (Unix time). `until`: when another took its place.
     """
-    root, current, pinned = storage.normalize(root), Published.load(root, name), find_consumers(root, name)
+    root = storage.normalize(root)
+    refuse_unknown(root, name)
+    current, pinned = Published.load(root, name), find_consumers(root, name)
     rolled_back: set[str] = set()
     for past in current.history():
         rolled_back |= {past["rolled_back"]} if "rolled_back" in past else set()
@@ -66,11 +67,6 @@ def list_versions(root: str, name: str) -> list[dict[str, Any]]:
         if release is None and not damaged:
             about |= _failed_gates(dataset)
         versions.append(about)
-    if not versions:
-        names = storage.list_folders(storage.join(root, "datasets"))
-        close = difflib.get_close_matches(name, names, n=1)
-        raise ValueError(f"there is no dataset {name} in {root}\n"
-                         f"hint: {f'did you mean {close[0]}?' if close else 'python -m jobs ls'}")
     return versions
 
 
@@ -130,6 +126,7 @@ def rollback(root: str, name: str, to: str, *, dry_run: bool = False, keys: Rele
     DamagedFile if the version is damaged.
     """
     root, current = storage.normalize(root), Published.load(root, name, keys)
+    current.refuse_removed()
     if not current.version:
         raise ValueError(f"nothing of {name} is published in {root}\n"
                          f"hint: python -m jobs rebuild {name} --source SOURCE")
@@ -186,7 +183,7 @@ def _refuse_version(current: Published, version: str) -> None:
     if document is None:
         raise ValueError(f"{label} was never published, so it cannot be again\n{hint}")
     if is_removed(current.root, current.name, version):
-        raise ValueError(f"{label} was removed by gc\n{hint}")
+        raise ValueError(f"{label} was removed\n{hint}")
     if fault := find_fault(current, document):
         raise DamagedFile(f"{label} was published, and is damaged now: {fault}\n"
                           f"hint: {find_replacement(current, version)}")

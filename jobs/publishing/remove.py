@@ -1,9 +1,12 @@
-"""Remove what was never published: a dataset, a version or a stage of it, a run, or samples.
+"""Remove a dataset, a version or a stage of it, a run, or samples. A published dataset is removed as a whole.
 
     <root>/removing+datasets+mine.json    written first and removed last, while datasets/mine is removed
 
 A command that was killed leaves this file, so the same command finishes the removal. The order keeps the root readable:
 stages go before their inputs, and the manifest of a stage goes first. So no reader takes the rest for a whole stage.
+
+The removal of a published dataset is a publication: the pointer says first that the dataset is removed. The pointer,
+the history and the mark of each version stay, so that no later version gets a number that readers have seen.
 """
 
 import contextlib
@@ -13,13 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.publishing.check_published import list_published
+from jobs.publishing.consumers import find_consumers
 from jobs.publishing.garbage_collect import files_of
 from jobs.runs.run import Run
-from jobs.runs.targets import is_within, suggest
+from jobs.runs.targets import is_within, refuse_unknown_target, suggest
 from jobs.telemetry.units import format_count
 from pipeline import storage
 from pipeline.datasets import release_files, version_marks
 from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
+from pipeline.datasets.published import Published
+from pipeline.datasets.signatures import ReleaseKeys
 from pipeline.stages.documents import RootPath, check_shape
 from pipeline.stages.plan import empty_folder
 from pipeline.stages.types import StageFailed
@@ -38,23 +44,36 @@ class Removal:
     """The stage folders in it, in the order of their removal."""
     files: int
     bytes: int
+    published: Published | None = None
+    """The pointer, if the folder is a published dataset."""
 
     def document(self) -> dict[str, Any]:
         """The removal as JSON."""
         return {"removed": self.path, "stages": list(self.stages), "files": self.files, "bytes": self.bytes}
 
 
-def plan_removal(root: str, path: str, stages: Sequence[str]) -> Removal:
+def plan_removal(root: str, path: str, stages: Sequence[str], keys: ReleaseKeys | None = None, *,
+                 published: bool = False) -> Removal:
     """The removal of a folder. `stages`: all stage folders of the root, as `status` lists them.
 
-    ValueError if there is no such folder, if it is published, or if something outside depends on it.
+    `published`: also a dataset with published versions; `keys` sign that it was removed.
+
+    ValueError if there is no such folder, if it is published and `published` is not set, or if something outside
+    depends on it.
     """
     root = storage.normalize(root)
     parent, _, name = storage.join(root, path).rpartition("/")
     is_there = name in storage.list_folders(parent)
     if not is_there and not storage.exists(_mark(root, path)):
+        refuse_unknown_target(root, path)
         raise ValueError(f"there is no {path} in {root}\nhint: {suggest(path, stages)}")
-    _refuse_published(root, path)
+    current = _read_pointer(root, path, keys)
+    if current and current.is_removed and not storage.exists(_mark(root, path)):
+        current.refuse_removed()
+    if not (current and (published or current.is_removed)):
+        _refuse_published(root, path)
+    if current and not current.is_removed:
+        current.keys.refuse_unsigned(current.name, current.document)
     inputs = {stage: _read_inputs(root, stage) for stage in stages}
     users = [stage for stage, paths in inputs.items() if not is_within(stage, path)
              and any(is_within(used, path) for used in paths)]
@@ -64,26 +83,71 @@ def plan_removal(root: str, path: str, stages: Sequence[str]) -> Removal:
                          f"{', '.join(outermost)}\nhint: python -m jobs rm {outermost[0]}")
     own = {stage: paths for stage, paths in inputs.items() if is_within(stage, path)}
     sizes = [length or 0 for _, length in storage.walk(storage.join(root, path))] if is_there else []
-    return Removal(root, path, tuple(_removal_order(own)), len(sizes), sum(sizes))
+    return Removal(root, path, tuple(_removal_order(own)), len(sizes), sum(sizes), current)
+
+
+def _read_pointer(root: str, path: str, keys: ReleaseKeys | None) -> Published | None:
+    """The pointer of a dataset that was published; None if the folder is something else."""
+    kind, name, *below = path.split("/")
+    if kind != "datasets" or below:
+        return None
+    current = Published.load(root, name, keys)
+    return current if current.document or name in list_published(root) else None
 
 
 def remove(removal: Removal) -> None:
-    """Remove a folder; StageFailed if another command works in it."""
+    """Remove a folder; StageFailed if another command works in it, or has published it since it was planned."""
     root, path = removal.root, removal.path
     try:
         with storage.hold_lease(root, path, exclusive=True):
-            _refuse_published(root, path)  # a command may have published it since it was planned
-            storage.put_json({"path": path}, _mark(root, path))
+            if removal.published:
+                _withdraw(removal.published)
+            else:
+                _refuse_published(root, path)
+                storage.put_json({"path": path}, _mark(root, path))
             for stage in removal.stages:
                 kind, name, *below = stage.split("/")
                 if kind == "runs" and not below:
                     Run(root, name).forget(0)
                 empty_folder(storage.join(root, stage))
-            storage.remove_tree(storage.join(root, path))
-            _remove_empty_folders(root, path)
+            if removal.published:
+                _remove_rest(removal.published)
+            else:
+                storage.remove_tree(storage.join(root, path))
+                _remove_empty_folders(root, path)
     except storage.LeaseConflict as error:
         raise StageFailed(f"rm: {error}") from None
     storage.remove(_mark(root, path))
+
+
+def _withdraw(current: Published) -> None:
+    """Publish that a dataset is removed, and mark its versions, so that no command publishes one of them.
+
+    StageFailed if a run or a dataset uses it now, or if another command has published it.
+    """
+    root, name = current.root, current.name
+    if users := sorted({user for users in find_consumers(root, name).values() for user in users
+                        if not is_within(user, f"datasets/{name}")}):
+        raise StageFailed(f"{name} is used by {', '.join(users)}\nhint: python -m jobs rm {users[0]}")
+    storage.put_json({"path": f"datasets/{name}"}, _mark(root, f"datasets/{name}"))
+    if not current.withdraw():
+        raise StageFailed(f"another command published a version of {name} meanwhile\n"
+                          f"hint: python -m jobs versions {name}")
+    for version in current.versions():
+        dataset = Dataset(root, name, version)
+        while not version_marks.is_removing(dataset):
+            version_marks.mark_removing(dataset, version_marks.read_mark(dataset))
+
+
+def _remove_rest(current: Published) -> None:
+    """Remove all of a dataset but the pointer and the marks of its versions."""
+    for version in current.versions():
+        folder = storage.join(current.folder, version)
+        for below in storage.list_folders(folder):
+            storage.remove_tree(storage.join(folder, below))
+        for file in storage.list_files(folder):
+            if file != version_marks.NAME:
+                storage.remove(storage.join(folder, file))
 
 
 def _mark(root: str, path: str) -> str:
@@ -105,8 +169,8 @@ def _refuse_published(root: str, path: str) -> None:
     if kind != "datasets" or (len(below) > 1 and below[1] not in RELEASED_STAGES):
         return
     if not below and name in list_published(root):
-        raise ValueError(f"{name} is published, and published datasets are not removed\n"
-                         f"hint: python -m jobs gc {name}; or python -m jobs versions {name}")
+        raise ValueError(f"{name} is published, and readers may use it\nhint: to remove all versions: "
+                         f"python -m jobs rm {name} --published; to remove old ones: python -m jobs gc {name}")
     for version in below[:1] or storage.list_folders(storage.join(root, path)):
         dataset = Dataset(root, name, version)
         is_marked = version_marks.publishing_sequence(version_marks.read_mark(dataset)) is not None

@@ -77,9 +77,10 @@ def _repair_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool, 
     """Restore the pointer and the history; {"published", "pointer", and "damaged": a fault of that version}."""
     try:
         current = Published.load(root, name, keys)
-        if not current.version and not list(_from_releases(root, name)):
+        if current.is_removed or (not current.version and not list(_from_releases(root, name))):
             if accepted:
                 return {"published": None}
+            current.refuse_removed()
             raise ValueError(f"nothing of {name} is published in {root}\n"
                              f"hint: python -m jobs rebuild {name} --source SOURCE")
         if not current.version:
@@ -176,8 +177,11 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool,
         _refuse_lost_publications(current, candidates[0]["version"], lost)
     if not dry_run:
         keys.refuse_unsigned(name, *candidates)
-    faults = [(document, find_fault(current, document)) for document in candidates]
-    document, fault = next(((document, fault) for document, fault in faults if not fault), faults[0])
+    if "removed" in candidates[0]:
+        document, fault = candidates[0], ""
+    else:
+        faults = [(document, find_fault(current, document)) for document in candidates]
+        document, fault = next(((document, fault) for document, fault in faults if not fault), faults[0])
     newest = max([document["sequence"] for document in candidates], default=0)
     newest = max([newest, *map(entry_number, list_history(root, name))])  # readers compare with damaged ones too
     seen = max(read_last_seen(root, name, signed=signed).get("sequence", 0) for signed in (False, True))
@@ -185,7 +189,8 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool,
                         "published": round(time.time(), 3), "previous": candidates[0]["version"]}
     if accepted and "takedown_list" in after:
         after["takedown_list"] = takedown_list.describe_list(root)
-    report = {"published": document["version"], "pointer": "restored"} | ({"damaged": fault} if fault else {})
+    report = {"published": None if "removed" in document else document["version"], "pointer": "restored"}
+    report |= {"damaged": fault} if fault else {}
     if lost:
         _log.warning("repair: publications %d to %d of %s are lost, and were accepted as lost", lost[0], lost[-1], name)
         report["accepted_lost_publications"] = list(lost)
@@ -235,7 +240,7 @@ def _find_candidates(root: str, name: str, keys: ReleaseKeys, data: bytes | None
     seen = newest_known.last_seen_sequence()
     if not documents or (seen <= newest and not find_later_base(newest_known)):
         return documents or releases, range(0)
-    known = max(document["number"] for document in documents)
+    known = max(document.get("removed", document)["number"] for document in documents)
     later = [release for release in releases if release["number"] > known]
     entries = Published(root, name, data, {}, keys).entries
     is_damaged = not keys.accepted and any(url.endswith(f"/{seen:06d}.json") for url in entries)  # and is named
@@ -243,7 +248,10 @@ def _find_candidates(root: str, name: str, keys: ReleaseKeys, data: bytes | None
 
 
 def _publications(root: str, name: str, keys: ReleaseKeys) -> Iterator[dict[str, Any]]:
-    """The publications in the history that can be read and trusted, the newest first, each version once."""
+    """The publications in the history that can be read and trusted, the newest first, each version once.
+
+    The last one may say that the dataset was removed.
+    """
     documents, versions = [], set()
     for url in list_history(root, name):
         document = read_entry(url)
@@ -254,6 +262,9 @@ def _publications(root: str, name: str, keys: ReleaseKeys) -> Iterator[dict[str,
         else:
             documents.append(document)
     for document in sorted(documents, key=lambda document: document["sequence"], reverse=True):
+        if "removed" in document:  # nothing before it may be published again
+            yield document
+            return
         if document["version"] not in versions:
             versions.add(document["version"])
             yield document

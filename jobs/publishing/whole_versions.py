@@ -114,6 +114,18 @@ def _has_manifest(dataset: Dataset, stage: str) -> bool:
         return True
 
 
+def refuse_removed(dataset: Dataset, stage_name: str) -> None:
+    """ValueError if a version was removed, with the command that makes a stage of the published version."""
+    if not is_removed(dataset.root, dataset.name, dataset.version):
+        return
+    current = Published.load(dataset.root, dataset.name)
+    current.refuse_removed()
+    command = (f"python -m jobs rebuild {dataset.name} --source SOURCE" if stage_name == "shards" else
+               Dataset(dataset.root, dataset.name, current.version).command(stage_name))
+    raise ValueError(f"{dataset.name}@{dataset.version} was removed; the published version is {current.version}\n"
+                     f"hint: {command}")
+
+
 def find_earlier_version(current: Published) -> tuple[str, dict[str, str]]:
     """The newest undamaged version before the published one ("" if none), and the faults of later versions."""
     faults: dict[str, str] = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
-from pipeline.datasets.dataset import MOST_LETTERS
+from pipeline.datasets.names import MOST_LETTERS
 from pipeline.stages.documents import NUMBER, RootPath, check_manifest, check_shape
 from pipeline.stages.manifest import read_manifest
 

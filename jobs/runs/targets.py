@@ -4,7 +4,8 @@ import difflib
 from collections.abc import Iterable
 
 from pipeline import storage
-from pipeline.datasets.dataset import is_name
+from pipeline.datasets.dataset import refuse_unknown
+from pipeline.datasets.names import is_name
 
 _KINDS = ("datasets", "runs", "pictures")
 
@@ -32,6 +33,13 @@ def target_path(root: str, text: str) -> str:
 def is_within(path: str, folder: str) -> bool:
     """Whether a path below a root is a folder or lies in it."""
     return f"{path}/".startswith(f"{folder}/")
+
+
+def refuse_unknown_target(root: str, path: str) -> None:
+    """ValueError if a path below a root is or lies in a dataset that does not exist."""
+    kind, name, *_ = path.split("/")
+    if kind == "datasets":
+        refuse_unknown(root, name)
 
 
 def suggest(path: str, stages: Iterable[str]) -> str:

@@ -15,10 +15,9 @@ _log = logging.getLogger(__name__)
 def default_run(databases: Sequence[Mixture], prompt: str, *, dry_run: bool = False) -> Run | None:
     """The newest run with the encoder of the databases, or else the bundled model, which becomes a run of the root.
 
-    None on a dry run if the bundled model is no run yet. ValueError if nothing can sample from the databases.
+    None on a dry run if the bundled model is no run yet. ValueError if nothing can sample from the databases, of which
+    there is at least one.
     """
-    if not databases:
-        raise ValueError(f"sample needs a database\nhint: python -m jobs sample {prompt!r} --database NAME")
     database = databases[0].members[0]
     encoder = dataset_encoder(database)
     run = find_newest_run(database.root, encoder)

@@ -4,6 +4,7 @@ import io
 import itertools
 import shutil
 import sys
+import textwrap
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,27 @@ def _column_widths(columns: "Sequence[Sequence[Text]]", whole: Collection[int], 
                      key=lambda number: widths[number])
         widths[widest] -= 1
     return widths
+
+
+def render_or_list(rows: Iterable[Row], *, head: Row, title: int) -> str:
+    """Rows as aligned columns, or as paragraphs on a terminal that is too narrow for their lines.
+
+    A paragraph begins with the first `title` cells. Its lines after the first are indented.
+    """
+    from rich.cells import cell_len
+    rows = list(rows)
+    width = shutil.get_terminal_size().columns
+    widths = [max(map(cell_len, column)) for column in zip(head, *rows, strict=True)]
+    if not sys.stdout.isatty() or sum(widths) + _GAP * (len(widths) - 1) <= width:
+        return render(rows, head=head)
+    return "\n".join(line for row in rows for line in textwrap.wrap(
+        _join_cells([storage.escape_controls(cell) for cell in row], title), width, subsequent_indent="    ",
+        break_on_hyphens=False))
+
+
+def _join_cells(cells: Row, title: int) -> str:
+    gap = " " * _GAP
+    return gap.join(filter(None, [*cells[:title], "; ".join(filter(None, cells[title:]))]))
 
 
 def show_live(texts: Iterable[str]) -> None:

@@ -9,32 +9,38 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline import storage
+from pipeline.datasets.names import MOST_LETTERS, is_name
+from pipeline.datasets.pointer import parse_pointer, read_pointer
 from pipeline.stages.manifest import NotSealed, read_manifest, sealed_input
 from pipeline.storage import DamagedFile
 
 _T = TypeVar("_T")
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 DEFAULT_VERSION = "v1"
-MOST_LETTERS = 240
-"""The most letters in a name. File systems allow 255 in a file name, and neighbor lists are in NAME@VERSION."""
 RELEASED_STAGES = ("shards", "embeddings", "text_embeddings", "index", "tombstones")
 """The stages that a release stands for."""
+_MOST_NAMES = 20  # in an error
 _CHECKED: set[tuple[str, str]] = set()  # files of published versions, and their hashes
 
 
-def is_name(text: str) -> bool:
-    """Whether a dataset or a version may have this name."""
-    return len(text) <= MOST_LETTERS and _NAME.fullmatch(text) is not None
+def list_names(root: str) -> list[str]:
+    """The names of the datasets below a root, without published ones that `rm` has removed."""
+    return [name for name in storage.list_folders(storage.join(root, "datasets"))
+            if "removed" not in (parse_pointer(read_pointer(root, name) or b"") or {})]
 
 
-def refuse_mistyped(root: str, name: str) -> None:
-    """ValueError if there is no dataset `name` below a root, and one whose name is spelled like it."""
-    names = storage.list_folders(storage.join(root, "datasets"))
-    if name in names or name in storage.list_folders(storage.join(root, "published")):
+def refuse_unknown(root: str, name: str, command: str = "python -m jobs ls") -> None:
+    """ValueError if there is no dataset `name` below a root. It names the datasets that there are.
+
+    The hint is a name that is spelled like it, or else `command`.
+    """
+    if any(name in storage.list_folders(storage.join(root, folder)) for folder in ("datasets", "published")):
         return
-    if close := difflib.get_close_matches(name, names, n=1):
-        raise ValueError(f"there is no dataset {name} in {root}\nhint: did you mean {close[0]}?") from None
+    names = list_names(root)
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    close = difflib.get_close_matches(name, names, n=1)
+    raise ValueError(f"there is no dataset {name} in {root}, which has {', '.join(names[:_MOST_NAMES]) or 'none'}{more}"
+                     f"\nhint: {f'did you mean {close[0]}?' if close else command}") from None
 
 
 @dataclass(frozen=True)
@@ -124,11 +130,11 @@ class Dataset:
 
     @contextlib.contextmanager
     def _names_suggested(self) -> Iterator[None]:
-        """If a stage is missing because the dataset is, name a dataset that is spelled like it."""
+        """If a stage is missing because the dataset is, name the datasets that there are."""
         try:
             yield
         except NotSealed:
-            refuse_mistyped(self.root, self.name)
+            refuse_unknown(self.root, self.name, self.command("shards"))
             raise
 
     def _published_hash(self, stage_name: str) -> str | None:

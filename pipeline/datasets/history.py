@@ -58,7 +58,7 @@ def add_entry(root: str, name: str, document: dict[str, Any]) -> None:
 
 def is_same_publication(document: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two documents name the same version with the same release, under the same number."""
-    return all(document.get(key) == other.get(key) for key in ("sequence", "version", "release"))
+    return all(document.get(key) == other.get(key) for key in ("sequence", "version", "release", "removed"))
 
 
 def find_gaps(numbers: set[int], first: int) -> list[range]:

@@ -1,16 +1,22 @@
-"""The document current.json: the pointer to the published version of a dataset."""
+"""The documents that name the published version of a dataset.
+
+    <root>/datasets/<name>/current.json    the pointer
+    <root>/published/<name>/000007.json    the history: every pointer that there was
+
+The newest one may say that the dataset was removed.
+"""
 
 from typing import Any
 
 from pipeline import storage
-from pipeline.datasets.dataset import is_name
+from pipeline.datasets.names import is_name
 from pipeline.stages.documents import NUMBER, check_shape
 from pipeline.storage import DamagedFile
 
 _POINTER = {"version": str, "number": int, "sequence": int, "release": str, "published": NUMBER, "checked?": NUMBER,
             "previous?": (str, type(None)), "rolled_back?": str, "takedowns?": int,
             "takedown_list?": {"requests": int, "sha256": str}, "content?": str, "samples?": int,
-            "recall@10?": (int, float, type(None))}
+            "recall@10?": (int, float, type(None)), "removed?": {"at": NUMBER, "number": int}}
 
 
 class DamagedPointer(DamagedFile):

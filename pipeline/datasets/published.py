@@ -6,7 +6,8 @@
 
 A reader reads current.json once, and checks what it reads against the hashes that it leads to. Versions never change.
 A pointer that is missing, or older than the history or than the last one that this machine has seen, is refused.
-`repair` restores it. Readers with a public key check the signature too (signatures.py).
+`repair` restores it. `rm --published` publishes that the dataset was removed: the pointer and the history stay, so no
+later version gets a number that readers have seen. Readers with a public key check the signature too (signatures.py).
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.datasets import version_marks
-from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
+from pipeline.datasets.dataset import RELEASED_STAGES, Dataset, refuse_unknown
 from pipeline.datasets.history import (
     add_entry,
     entry_number,
@@ -132,12 +133,23 @@ class Published:
     @property
     def version(self) -> str:
         """The published version, empty if nothing is published."""
-        return self.document.get("version", "")
+        return "" if self.is_removed else self.document.get("version", "")
 
     @property
     def number(self) -> int:
-        """The number of the build: the later of two has the higher one; 0 if nothing is published."""
-        return self.document.get("number", 0)
+        """The number of the build: the later of two has the higher one; 0 if nothing was ever published."""
+        return self.document["removed"]["number"] if self.is_removed else self.document.get("number", 0)
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether `rm` has removed the published dataset."""
+        return "removed" in self.document
+
+    def refuse_removed(self) -> None:
+        """ValueError if `rm` has removed the published dataset."""
+        if self.is_removed:
+            raise ValueError(f"{self.name} was removed on {_date(self.document['removed']['at'])}\n"
+                             f"hint: to make it again: python -m jobs style {self.name} --source FOLDER")
 
     @property
     def folder(self) -> str:
@@ -170,6 +182,9 @@ class Published:
 
     def _open(self, dataset: Dataset, sha256: str) -> Dataset:
         data = read_release_bytes(dataset)
+        if data is None and version_marks.is_removing(dataset):  # gc keeps the release
+            raise DamagedFile(f"{dataset.name}@{dataset.version} was removed on "
+                              f"{_date(version_marks.mark_time(dataset))}\nhint: python -m jobs versions {self.name}")
         if data is None or hashlib.sha256(data).hexdigest() != sha256:
             fault = "is missing" if data is None else "is not the one that was published: it was changed"
             raise DamagedFile(f"the release of {dataset.name}@{dataset.version} {fault}\n"
@@ -212,7 +227,7 @@ class Published:
         successor: int | None = None
         history = self.history()
         for position, document in enumerate(history):
-            if document["version"] == version:
+            if document["version"] == version and "removed" not in document:
                 if position + 1 == len(history):
                     return float("inf")
                 successor = history[position + 1]["sequence"]
@@ -269,6 +284,20 @@ class Published:
         add_entry(self.root, self.name, document)
         return True
 
+    def withdraw(self) -> bool:
+        """Publish that the dataset is removed; False if another command has published meanwhile.
+
+        The next version gets a number above those of all versions that there are. A removed dataset stays as it is.
+        """
+        if self.document:  # its publisher may have been killed before it did so
+            add_entry(self.root, self.name, self.document)
+        if self.is_removed or not self.document:
+            return True
+        number = max([self.number, *map(version_number, self.versions())])
+        kept = {key: value for key, value in self.document.items() if key not in {"rolled_back", "repaired"}}
+        return self.replace(kept | {"sequence": self._next_sequence(), "previous": self.version,
+                                    "removed": {"at": round(time.time(), 3), "number": number}})
+
     @property
     def needs_signature(self) -> bool:
         """Whether this command has a key, and the pointer is not signed by it."""
@@ -318,7 +347,7 @@ def open_dataset(root: str, text: str, pinned: str = "", keys: ReleaseKeys | Non
     of RDM_RELEASE_KEY are accepted.
     """
     dataset, keys = Dataset.parse(root, text), read_release_keys() if keys is None else keys
-    published = Published.load(root, dataset.name, keys)
+    published = _load_known(root, dataset.name, keys)
     if "@" in text:
         return published.open_version(dataset.version)
     if pinned and (wanted := Dataset.parse(root, pinned)).name == dataset.name:
@@ -335,7 +364,20 @@ def open_dataset(root: str, text: str, pinned: str = "", keys: ReleaseKeys | Non
 def open_label(root: str, label: str, keys: ReleaseKeys | None = None) -> Dataset:
     """The dataset with a label, as plans keep it: NAME means v1. Its signature is checked like in `open_dataset`."""
     dataset, keys = Dataset.parse(root, label), read_release_keys() if keys is None else keys
-    return Published.load(root, dataset.name, keys).open_version(dataset.version)
+    return _load_known(root, dataset.name, keys).open_version(dataset.version)
+
+
+def _load_known(root: str, name: str, keys: ReleaseKeys) -> Published:
+    """The pointer of a dataset; ValueError if there is no such dataset, or if it was removed."""
+    published = Published.load(root, name, keys)
+    published.refuse_removed()
+    if not published.version:
+        refuse_unknown(published.root, name)
+    return published
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(seconds))
 
 
 def _untrusted(name: str, version: str, fault: str) -> str:

@@ -1,4 +1,4 @@
-"""A mark on each version: a command publishes it, or gc removes it. Only one of the two can hold.
+"""A mark on each version: a command publishes it, or gc or rm removes it. Only one of the two can hold.
 
     <root>/datasets/<name>/<version>/mark.json    {"state": "publishing" or "removing" or "kept", ...}
 
@@ -15,6 +15,7 @@ from pipeline.stages.documents import check_shape
 from pipeline.stages.types import StageFailed
 
 _MARK = {"state?": str, "sequence?": int}
+NAME = "mark.json"
 PUBLISHING, REMOVING, KEPT = "publishing", "removing", "kept"
 
 
@@ -24,7 +25,7 @@ def mark_publishing(dataset: Dataset, sequence: int) -> None:
     while True:
         there = read_mark(dataset)
         if _state(there) == REMOVING:
-            raise StageFailed(f"{dataset.name}@{dataset.version} cannot be published: gc has removed it\n"
+            raise StageFailed(f"{dataset.name}@{dataset.version} cannot be published: it was removed\n"
                               f"hint: the same rebuild makes another version")
         if storage.swap_bytes(data, _url(dataset), there):
             return
@@ -42,7 +43,7 @@ def mark_kept(dataset: Dataset) -> None:
 
 
 def is_removing(dataset: Dataset) -> bool:
-    """Whether gc removes or has removed a version."""
+    """Whether gc or rm removes or has removed a version."""
     return _state(read_mark(dataset)) == REMOVING
 
 
@@ -81,4 +82,4 @@ def _parse(mark: bytes | None) -> dict[str, Any]:
 
 
 def _url(dataset: Dataset) -> str:
-    return storage.join(dataset.root, "datasets", dataset.name, dataset.version, "mark.json")
+    return storage.join(dataset.root, "datasets", dataset.name, dataset.version, NAME)

@@ -60,7 +60,7 @@ def test_samples_are_those_of_the_verb(trained_root: Path, tmp_path: Path, capsy
 
 
 def test_batches_are_those_of_training(trained_root: Path) -> None:
-    batch = open_root(str(trained_root)).batches("drawn", k=3, global_batch=8, size=16, seed=5).at(2)
+    batch = open_root(str(trained_root)).batches("drawn", k=3, batch_size=8, image_size=16, seed=5).at(2)
     dataset = Dataset(str(trained_root), "drawn")
     expected = Batches(dataset, dataset, k=3, global_batch=8, size=16, seed=5).at(2)
     assert batch.keys() == {"image", "neighbors", "rows"} and batch["image"].shape == (8, 16, 16, 3)

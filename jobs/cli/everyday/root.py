@@ -2,12 +2,12 @@
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 import tyro
 
-from jobs.cli.options import CommonOptions, Flat
+from jobs.cli.options import CommonOptions, Flat, SigningOptions
 from jobs.telemetry import heartbeat, output
 from jobs.telemetry.units import format_bytes, format_count
 from pipeline import storage
@@ -76,16 +76,19 @@ def run_ls(options: LsOptions) -> int:
 
 @dataclass(frozen=True)
 class RmOptions:
-    """Remove an unpublished dataset, a version or stage of it, a run, or samples that nothing else needs."""
+    """Remove a dataset, a version or stage of it, a run, or samples that nothing else needs."""
 
-    examples: ClassVar = ("rm mine --dry-run",
-                          "rm runs/myrun/samples/first --yes")
+    examples: ClassVar = ("rm runs/myrun/samples/first --yes",
+                          "rm mine --published --dry-run")
 
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(
         metavar="TARGET", help="NAME, NAME@VERSION, or a path of the root such as runs/RUN.")]
     common: Flat[CommonOptions]
+    published: bool = False
+    """Also remove a published dataset, with all of its versions."""
     yes: bool = False
     """Do not ask. Without a terminal it must be given."""
+    signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
 
 
 def run_rm(options: RmOptions) -> int:
@@ -94,16 +97,19 @@ def run_rm(options: RmOptions) -> int:
     from jobs.runs.targets import target_path
     root = storage.normalize(options.common.root)
     path = target_path(root, options.target)
-    removal = plan_removal(root, path, [state["path"] for state in read_status(root)])
+    removal = plan_removal(root, path, [state["path"] for state in read_status(root)], options.signing.keys(),
+                           published=options.published)
     files = f"{format_count(removal.files, 'file')}, {format_bytes(removal.bytes)}"
     if options.common.dry_run:
         _print_removal(f"would remove {path}: {files}", removal.document() | {"dry_run": True})
         return 0
     if not options.yes:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            flag = " --published" if options.published else ""
             raise ValueError(f"rm does not ask without a terminal: {path} has {removal.files} files\n"
-                             f"hint: python -m jobs rm {path} --yes")
-        if not _confirm(f"Remove {path} ({files})?"):
+                             f"hint: python -m jobs rm {path}{flag} --yes")
+        what = f"the published {path}" if removal.published else path
+        if not _confirm(f"Remove {what} ({files})?"):
             _log.info("rm: nothing was removed")
             return 1
     remove(removal)

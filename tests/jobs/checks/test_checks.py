@@ -46,7 +46,7 @@ def test_all_failures_are_listed_together_before_anything_is_written(
     said = capsys.readouterr().err
     assert re.search(r"error: [78] checks failed, and nothing was started", said)
     for sentence in ("different sizes: expected one size for training, got 64 x 64, 96 x 64, 64 x 77",
-                     "absent/v1/index is not sealed", "expected 3 channels for images, got 16",
+                     "there is no dataset absent in ", "expected 3 channels for images, got 16",
                      "expected 512 numbers, got 256", "expected at least 4 (train.k), got 2 (neighbors.k)",
                      "--gpus 2: a worker of embed computes on 1 GPU"):
         assert said.count(sentence) == 1, (sentence, said)
@@ -74,6 +74,20 @@ def test_images_of_several_shapes_in_shards_are_refused(source: Path, capsys: py
     assert main(["train", "run", "--dataset", "mine", *root]) == 2
     assert "the images of mine have different sizes" in capsys.readouterr().err
     assert not (source.parent / "root/runs").exists()
+
+
+@pytest.mark.parametrize(("flags", "warned"), [(["--recipe", "tiny"], True), (["--image-size", "32"], False),
+                                               (["--model-channels", "32"], False)])
+def test_images_that_are_larger_than_those_of_the_small_network_are_named(
+        prepared_root: Path, flags: list[str], warned: bool, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:
+    """A style database has images of 256 pixels. `train` without a recipe has a network for 64."""
+    monkeypatch.setattr("jobs.checks.demo_defaults.stored_sizes", lambda dataset: iter([(256, 256)]))
+    train = ["train", "run", "--dataset", "drawn", "--root", str(prepared_root), "--local", "--dry-run"]
+    assert main([*train, *flags]) == 0
+    sentence = ("256 x 256 pixels, and this small network is meant for 64 x 64: a step takes about 16 times as long\n"
+                "hint: --image-size 64")
+    assert (sentence in caplog.text) == warned
 
 
 def test_a_taken_run_name_is_refused_and_one_that_made_no_step_is_free(

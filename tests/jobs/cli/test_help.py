@@ -108,7 +108,15 @@ def test_rdm_is_the_same_program() -> None:
 
 @pytest.mark.parametrize(("words", "sentence"), [
     (["shrad"], "there is no verb 'shrad'\nhint: did you mean shard?"),
-    (["embed", "nota", "--local"], "there is no dataset nota in {root}\nhint: did you mean noto?"),
+    (["embed", "nota", "--local"], "there is no dataset nota in {root}, which has art, noto\nhint: did you mean noto?"),
+    *((words, "there is no dataset zzz in {root}, which has art, noto\nhint: ") for words in (
+        ["search", "zzz", "cat"], ["search", "noto", "cat", "--database", "zzz"],
+        ["sample", "cat", "--database", "zzz"], ["sample", "cat", "--database", "noto:2+zzz:1"],
+        ["neighbors", "noto", "--database", "zzz"],
+        ["train", "run", "--dataset", "noto", "--validation", "zzz"], ["evaluate", "run", "--database", "zzz"],
+        ["show", "1", "--dataset", "zzz"], ["ls", "zzz"], ["ls", "zzz@v2"], ["rm", "zzz"], ["versions", "zzz"],
+        ["rollback", "zzz"], ["gc", "zzz"], ["repair", "zzz"], ["embed", "zzz"], ["index", "zzz"],
+        ["latents", "zzz", "--first-stage", "vae"], ["forget", "--key", "zzz/1"])),
     (["sample", "emoji32", "--prompt", "x", "--database", "noto", "--local"],
      "there is no run emoji32 in {root}\nhint: did you mean emoji_32?"),
     (["--completion", "tcsh"], "--completion tcsh: must be one of bash, zsh, fish\nhint: --completion bash")])

@@ -86,13 +86,19 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys) ->
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["fly"], "there is no verb 'fly'"),
-    (["embed", "some", "--local"], "is not sealed: it has no manifest.json\nhint: python -m jobs shard some"),
+    (["embed", "some", "--local"], "there is no dataset some in {root}, which has y\nhint: python -m jobs shard some"),
+    (["embed", "y", "--local"], "is not sealed: it has no manifest.json\nhint: python -m jobs shard y"),
+    (["style", "a/b", "--source", "nowhere"], "'a/b' is not a dataset name"),
+    (["style", "some"], "no source is named"),
+    (["style", "some", "--source", "nowhere"], "there is no file or folder nowhere\nhint: ls "),
+    (["rebuild", "some", "--source", "roots"], "there is no file or folder roots\nhint: did you mean root?"),
     (["embed", "a/b", "--local"], "'a/b' is not a dataset name"),
     (["shard", "some", "--local"], "shard needs a source\nhint: --source"),
     (["shard", "some", "--local", "--source", "nowhere"], "nowhere"),
-    (["sample", "run", "--local"], "sample needs a database"),
+    (["sample", "run", "--local"], "sample needs a database: expected --database, got none; there are y\n"
+                                   "hint: --database y"),
     (["sample", "run", "--local", "--prompt", "x", "--database", "y"], "there is no run run"),
-    (["train", "run", "--dataset", "some", "--local"], "is not sealed"),
+    (["train", "run", "--dataset", "y", "--local"], "is not sealed"),
     (["status", "--recipe", "huge"], "there is no recipe 'huge'\nhint: tiny"),
     (["status", "--config", "absent.toml"], "cannot read the settings absent.toml"),
     (["index", "some", "--max-memory", "much", "--local"], "index.max_memory = 'much': must be a size"),
@@ -105,13 +111,13 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys) ->
 ])
 def test_invalid_usage_is_a_sentence_and_exit_2(arguments, sentence: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "root/datasets").mkdir(parents=True)
+    (tmp_path / ("root/datasets" if arguments == ["report"] else "root/datasets/y/v1")).mkdir(parents=True)
     try:
         code = main([*arguments, *(["--root", "root"] if arguments[0] != "fly" else [])])
     except SystemExit as stopped:  # a flag's value, refused while the command line is read
         code = stopped.code
     error = capsys.readouterr().err
-    assert code == 2 and sentence in error and "Traceback" not in error
+    assert code == 2 and sentence.format(root=tmp_path / "root") in error and "Traceback" not in error
 
 
 def test_an_unknown_flag_is_invalid_usage(tmp_path: Path) -> None:

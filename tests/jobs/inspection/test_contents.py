@@ -95,7 +95,7 @@ def test_an_invalid_target_is_refused(text: str) -> None:
 
 
 def test_a_mistyped_name_is_suggested(root: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for verb, text, hint in (("ls", "flta", "did you mean datasets/flat?"), ("versions", "flta", "did you mean flat?"),
+    for verb, text, hint in (("ls", "flta", "did you mean flat?"), ("versions", "flta", "did you mean flat?"),
                              ("ls", "runs/smal", "did you mean runs/small?"), ("ls", "zz", "python -m jobs ls --root")):
         assert main([verb, text, "--root", root]) == 2
         assert f"hint: {hint}" in capsys.readouterr().err

@@ -152,6 +152,26 @@ def test_watch_redraws_in_place_on_a_terminal(root: str) -> None:
     assert b"\x1b[?25l" in output and b"published" in output
 
 
+@pytest.mark.parametrize("columns", [80, 40])
+def test_no_line_is_longer_than_the_terminal_and_no_word_is_cut(root: str, columns: int) -> None:
+    """Failures are in the last column of the table, so a terminal that is too narrow cut them first."""
+    address = storage.join(root, "datasets/flat/v1/embeddings/progress.json")
+    skipped = {"download_failed_404": 777, "not_a_picture": 12}
+    storage.put_json(storage.read_json(address) | {"skipped": skipped}, address)
+    ours, theirs = pty.openpty()
+    process = _start_status(root, "--watch", stdout=theirs, env=os.environ | {"TERM": "xterm", "COLUMNS": str(columns)})
+    os.close(theirs)
+    output = b""
+    while b"outline" not in output:
+        output += os.read(ours, 65536)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0
+    lines = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", output.decode()).split("\r\n")
+    table = lines[lines.index("") + 1:]
+    assert max(map(len, table)) <= columns and "…" not in "".join(table)
+    assert "777 download_failed_404, 12 not_a_picture" in " ".join(" ".join(table).split())
+
+
 @pytest.mark.parametrize("more", [(), ("--watch",), ("--json",)])
 def test_a_reader_that_leaves_is_no_fault(root: str, more: tuple[str, ...]) -> None:
     process = _start_status(root, *more, stdout=subprocess.PIPE)

@@ -12,6 +12,10 @@ import pytest
 
 from jobs.cli.main import main
 from pipeline import storage
+from pipeline.datasets.published import Published, open_dataset
+from pipeline.datasets.signatures import publishing_keys
+from tests.jobs.publishing.published_art import rebuild
+from tests.jobs.publishing.signing.key_files import openssl_key
 
 
 @pytest.fixture
@@ -76,8 +80,77 @@ def test_published_versions_are_not_removed(second: Path, target: str, capsys: p
     before = _files(second / "root")
     assert _rm(second / "root", target, "--yes") == 2
     error = capsys.readouterr().err
-    assert "published" in error and "python -m jobs gc" in error and "python -m jobs versions" in error
+    other = "versions" if "v" in target.removeprefix("drawn") else "rm"
+    assert "published" in error and "python -m jobs gc" in error and f"python -m jobs {other}" in error
     assert _files(second / "root") == before
+
+
+def test_a_published_dataset_goes_and_its_numbers_are_not_used_again(second: Path, capsys: pytest.CaptureFixture[str]
+                                                                     ) -> None:
+    root = second / "root"
+    before = {name: data for name, data in _files(root).items() if name.startswith("published/")}
+    assert _rm(root, "drawn", "--published") == 2 and "rm datasets/drawn --published --yes" in re.sub(
+        r" --root '?[^ ]*( root')?", "", capsys.readouterr().err)
+    assert _rm(root, "drawn", "--published", "--yes") == 0
+    after = _files(root)
+    assert {name for name in after if name.startswith("datasets/")} == {
+        "datasets/drawn/current.json", "datasets/drawn/v1/mark.json", "datasets/drawn/v2/mark.json",
+        "datasets/drawn/.swap"}
+    assert before.items() < after.items()  # the history has one entry more
+    pointer = json.loads(after["datasets/drawn/current.json"])
+    assert pointer["sequence"] == 3 and pointer["removed"]["number"] == 2
+    capsys.readouterr()
+    for words in (["search", "drawn", "a"], ["search", "drawn@v1", "a"], ["gc", "drawn"], ["rollback", "drawn"],
+                  ["repair", "drawn"], ["rm", "drawn", "--published", "--yes"]):
+        assert main([*words, "--root", str(root)]) == 2
+        assert "drawn was removed on 20" in capsys.readouterr().err
+    assert main(["ls", "--root", str(root)]) == 0 and json.loads(capsys.readouterr().out) == []
+    assert rebuild(root, second / "source")["published"] == "v3"
+    assert Published.load(str(root), "drawn").document["sequence"] == 4
+    assert main(["verify", "--root", str(root)]) == 0
+    assert main(["search", "drawn@v1", "a", "--root", str(root)]) == 1
+    assert "drawn@v1 was removed on 20" in capsys.readouterr().err
+
+
+def test_a_published_dataset_that_is_used_stays(second: Path, trained_root: Path, capsys: pytest.CaptureFixture[str]
+                                                ) -> None:
+    root = second / "root"
+    shutil.copytree(trained_root / "datasets/flat", root / "datasets/flat")
+    assert main(["neighbors", "flat", "--database", "drawn", "--root", str(root), "--local"]) == 0
+    before = _files(root)
+    assert _rm(root, "drawn", "--published", "--yes") == 2
+    assert "made from it: datasets/flat/v1/neighbors/drawn" in capsys.readouterr().err and _files(root) == before
+
+
+@pytest.mark.parametrize("damage", [b"{", None])
+def test_a_damaged_pointer_does_not_bring_a_removed_dataset_back(second: Path, damage: bytes | None,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also not if `rm` was killed before it removed the first file."""
+    root = second / "root"
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.publishing.remove.version_marks.mark_removing", _interrupt)
+        assert _rm(root, "drawn", "--published", "--yes") == 130
+    pointer = root / "datasets/drawn/current.json"
+    pointer.write_bytes(damage) if damage else pointer.unlink()
+    assert main(["repair", "drawn", "--root", str(root)]) == 0
+    assert Published.load(str(root), "drawn").is_removed
+    assert _rm(root, "drawn", "--published", "--yes") == 0
+    assert not list(root.glob("datasets/drawn/*/shards"))
+
+
+def test_the_removal_of_a_signed_dataset_is_signed(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, (key, _) = second / "root", openssl_key(second, "release")
+    assert main(["repair", "drawn", "--root", str(root), "--sign", str(key), "--accept-unsigned"]) == 0
+    before = _files(root)
+    assert _rm(root, "drawn", "--published", "--yes") == 2 and "--sign KEYFILE" in capsys.readouterr().err
+    assert _files(root) == before
+    assert _rm(root, "drawn", "--published", "--yes", "--sign", str(key)) == 0
+    with pytest.raises(ValueError, match="drawn was removed on"):
+        open_dataset(str(root), "drawn", keys=publishing_keys(str(key)))
+
+
+def _interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_folder_in_use_by_a_command_is_not_removed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from tests.model.weights import golden_first_stage
 from tests.pipeline import synthetic
 
 NAME, MADE_BY_HAND = "art", "plain"
+REMOVE_PUBLISHED = "rm-published"
 FIRST_STAGE = "first-stage"
 FORGOTTEN = "flat/000001.png"
 _SETTINGS = ("--image-size", "32", "--format", "png", "--samples-per-shard", "4")
@@ -81,6 +82,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "repair-list": ("repair", NAME, "--accept-lost-requests"),
     "repair-publications": ("repair", NAME, "--accept-lost-publications"),
     "rm": ("rm", MADE_BY_HAND, "--yes"),
+    REMOVE_PUBLISHED: ("rm", NAME, "--published", "--yes"),
     "shard": ("shard", MADE_BY_HAND, "--source", "{source}", *_SETTINGS, "--overwrite", "--local"),
     "embed": ("embed", MADE_BY_HAND, "--captions", "--overwrite", "--local"),
     "score": ("score", MADE_BY_HAND, "--head", "warmth={head}", "--overwrite", "--local"),
@@ -205,12 +207,15 @@ def check_end(ended: Ended) -> None:
 def check_published(place: Place, *, unfinished: str = "") -> None:
     """The published version is whole, and verify finds no fault in it. `unfinished`: the verb that was killed.
 
-    A state that was checked before is not checked again.
+    A published dataset that was removed says so. A state that was checked before is not checked again.
     """
     check = ("published", unfinished, is_local(place.root), describe_state(place.root, place.folder))
     if check in place.known:
         return
     searched = place.commands.run(place.folder, place.root, ("search", NAME))
+    if unfinished == REMOVE_PUBLISHED and searched.code and f"{NAME} was removed on " in searched.output:
+        place.run(("verify",))
+        return
     if unfinished.startswith("repair") and searched.code == 1 and f"repair {NAME}" in searched.output:
         return  # the pointer is not repaired yet, and readers say so
     assert searched.code == 0, searched

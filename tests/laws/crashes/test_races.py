@@ -7,6 +7,7 @@ import pytest
 
 from tests.laws.crashes.roots import (
     PUBLISHING,
+    REMOVE_PUBLISHED,
     STAGES,
     Place,
     check_end,
@@ -17,8 +18,10 @@ from tests.laws.crashes.roots import (
     sweep,
 )
 
+_REMOVALS = [*itertools.product((REMOVE_PUBLISHED,), PUBLISHING), *itertools.product(PUBLISHING, (REMOVE_PUBLISHED,)),
+             (REMOVE_PUBLISHED, REMOVE_PUBLISHED)]
 _FAST = [*itertools.product(PUBLISHING, PUBLISHING[:-1]), ("shard", "embed"), ("embed", "shard"), ("embed", "embed"),
-         ("index", "neighbors"), ("forget", "shard"), ("shard", "forget")]
+         ("index", "neighbors"), ("forget", "shard"), ("shard", "forget"), *_REMOVALS]
 _PAIRS = [*dict.fromkeys([*_FAST, *itertools.product(PUBLISHING, repeat=2),
                           *itertools.product(STAGES, repeat=2), ("rebuild", "shard"), ("gc", "neighbors")])]
 _FAST_ON_S3 = [("rebuild", "gc", 40), pytest.param("repair", "rebuild", 1, marks=pytest.mark.slow)]
@@ -40,7 +43,7 @@ def race(template: Place, folder: Path, verbs: tuple[str, str], number: int, buc
     for ended in (first.end(), second.end()):
         check_end(ended)
     try:
-        check_published(place)
+        check_published(place, unfinished=REMOVE_PUBLISHED if REMOVE_PUBLISHED in verbs else "")
         settle(place, stages=bool({*verbs} & {*STAGES}))
     except AssertionError as error:
         where = f"{' '.join(verbs)} paused before write {number} ({first.paused_before})"
