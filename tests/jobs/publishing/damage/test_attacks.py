@@ -1,4 +1,7 @@
-"""One damaged file of a published root: every verb ends as documented, and the hints lead to a root without faults."""
+"""One damaged file of a published root: every verb ends as documented, and the hints lead to a root without faults.
+
+RDM_ATTACKS names other kinds of damage than the three that are tried by default (`DAMAGE` has all), with commas.
+"""
 
 import os
 import shutil
