@@ -26,7 +26,7 @@ def describe_state(root: str, folder: Path) -> str:
     files = _read_files(root, folder)
     documents = {path: _parse(data) for path, data in files.items()}
     names = _name_hashes(files, documents)
-    lines = list_uploads(root)
+    lines = [_RANDOM.sub("RANDOM", upload) for upload in list_uploads(root)]
     for path, data in files.items():
         document = documents[path]
         if document is None:
@@ -36,9 +36,8 @@ def describe_state(root: str, folder: Path) -> str:
         else:
             content = json.dumps(_without_run_facts(document, names), sort_keys=True)
             content = content.replace(root, "ROOT").replace(str(folder), "FOLDER")
-        lines.append(f"{path}: {content}")
-    masked = [_RANDOM.sub("RANDOM", line) for line in lines]
-    return hashlib.sha256("\n".join(sorted(masked)).encode()).hexdigest()
+        lines.append(f"{_RANDOM.sub('RANDOM', path)}: {content}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def list_uploads(root: str) -> list[str]:
