@@ -141,8 +141,10 @@ class Tally:
         begun = self._counted = time.monotonic()
         if not quick:
             self._last = begun
-            self._in_hand = {item: report for item, report in _read_reports(self.folder)
-                             if report != self._old.get(item)}
+            # A worker removes its report when it has written the record, which the driver may read later.
+            self._in_hand |= {item: report for item, report in _read_reports(self.folder)
+                              if report != self._old.get(item)}
+            self._in_hand = {item: report for item, report in self._in_hand.items() if item not in self.recorded_ids}
         in_hand = self._reports()
         total = {key: value + sum(report[key] for report in in_hand) for key, value in self.recorded.items()}
         rate, is_steady = self._rate(begun, total["rows"] - self.earlier["rows"])

@@ -207,6 +207,18 @@ def test_several_samples_of_a_row_count_as_one_good_row(tmp_path):
     assert "90.0% good" in describe_progress(tally.look())
 
 
+def test_rows_stay_between_a_report_and_the_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "period", lambda folder: 0.0)
+    tally = Tally(str(tmp_path), 2, 20)
+    reporter = ProgressReporter(str(tmp_path), "000000")
+    reporter(rows=9, samples=9, length=1, skipped=Counter())
+    assert tally.look()["rows"] == 9
+    reporter.done()
+    assert tally.look()["rows"] == 9 and tally.now["rows_per_s"] >= 0
+    tally.record(make_record("000000", 10), 1)
+    assert tally.look()["rows"] == 10
+
+
 def test_rows_without_a_vector_are_not_good(tmp_path):
     tally = Tally(str(tmp_path), 1, 100)
     tally.record({"id": "000000", "samples": 100, "skipped": {}, "noted": {"not_adopted": 3, "animated": 5},
