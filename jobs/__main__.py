@@ -37,7 +37,6 @@ def run_program() -> None:
             heartbeat.start(sys.argv[1] if len(sys.argv) > 1 else "help", is_live)
         said = ""  # `main` says it
         code = main()
-        heartbeat.stop()
     except KeyboardInterrupt:
         code = _STOPPED
         sys.stderr.write(said)
@@ -51,8 +50,12 @@ def _end_quickly(code: int) -> None:
     It waits for the threads, and calls the functions of `atexit`, as the teardown does.
     """
     import threading  # not above, where Ctrl-C has no handler yet
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
+
+    from jobs.telemetry import heartbeat
+    with heartbeat.doing("ending"):  # Ray takes seconds
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    heartbeat.stop()
     try:
         sys.stdout.flush()
         sys.stderr.flush()
