@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from jobs.publishing.whole_versions import (
     find_false_entries,
     find_later_base,
@@ -71,10 +73,21 @@ def check_published(root: str, *, quick: bool = False, keys: ReleaseKeys | None 
         folders.append(f"datasets/{name}/{current.version}/")
         faults += _check_history(current)
         faults += _check_versions(current, quick=quick)
+    faults += _check_unpublished(root, names)
     with contextlib.suppress(ValueError):  # the check of each version names a damaged list
         faults += [{"path": path, "fault": "is not this request of forgotten.json"}
                    for path in takedown_list.find_changed_copies(root)]
     return tuple(folders), faults
+
+
+def _check_unpublished(root: str, published_names: list[str]) -> Iterator[Fault]:
+    """Datasets that were never published and whose readers miss takedown requests."""
+    for dataset in datasets(root):
+        if dataset.name not in published_names and dataset.is_sealed("shards"):
+            try:
+                takedowns.read_forgotten_rows(dataset)
+            except (ValueError, FileNotFoundError) as error:
+                yield _fault(f"datasets/{dataset.name}/{dataset.version}/forgotten.json", error)
 
 
 def _check_history(current: Published) -> Iterator[Fault]:
@@ -123,7 +136,7 @@ def _check_version(current: Published, version: str, *, quick: bool) -> list[Fau
     stages = dict(dataset.trusted)
     checks: list[tuple[str, Callable[[], Any]]] = [(name, partial(dataset.manifest, name)) for name in stages]
     checks += [(name, partial(dataset.is_sealed, name)) for name in published.STAGES if name not in stages]
-    checks.append(("forgotten.json", partial(takedowns.read_forgotten_rows if quick else _check_hidden_rows, dataset)))
+    checks.append(("forgotten.json", partial(_check_hidden_rows, dataset, quick=quick)))
     checks += [(name, partial(_refuse_odd, storage.join(current.root, base, name))) for name in _CONTROL_FILES]
     faults = []
     for name, check in checks:
@@ -140,17 +153,25 @@ def _refuse_odd(url: str) -> None:
         storage.refuse_special_file(url)
 
 
-def _check_hidden_rows(dataset: Dataset) -> None:
-    """ValueError if searches in a published version would find rows that the takedown list names."""
-    hidden = hidden_rows.read_hidden_rows(dataset)
+def _check_hidden_rows(dataset: Dataset, *, quick: bool) -> None:
+    """ValueError if a published version does not hide rows that the takedown list names. Searches look for them then.
+
+    `quick` does not read the rows of the version.
+    """
+    stored = takedowns.read_stored_rows(dataset)
+    takedowns.read_forgotten_rows(dataset)
+    if quick:
+        return
+    hidden = np.union1d(hidden_rows.read_tombstones(dataset), stored)
     rows = [row for row, _ in takedowns.find_rows(dataset, takedown_list.read_takedowns(dataset.root))]
     if visible := sorted(set(rows) - set(hidden.tolist())):
-        raise DamagedFile(f"searches find {len(visible)} images of the takedown list, the first is row {visible[0]}\n"
+        raise DamagedFile(f"it does not hide {len(visible)} images of the takedown list, the first is row "
+                          f"{visible[0]}\n"
                           f"hint: python -m jobs repair {dataset.name} --root {dataset.root}")
     samples = dataset.manifest("shards")["totals"]["samples"]
     if len(hidden) and (hidden[0] < 0 or hidden[-1] >= samples):
         raise ValueError(f"rows {hidden[0]} to {hidden[-1]} are hidden, and the version has {samples} samples")
 
 
-def _fault(path: str, error: ValueError) -> Fault:
+def _fault(path: str, error: Exception) -> Fault:
     return {"path": path, "fault": str(error).splitlines()[0]}

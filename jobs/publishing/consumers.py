@@ -1,5 +1,6 @@
 """Runs, neighbor lists and samples that use a version of a dataset, according to their plans."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -9,12 +10,19 @@ from jobs.runs.run import Run
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.stages.documents import RootPath, check_shape
+from pipeline.storage import DamagedFile
+
+_log = logging.getLogger(__name__)
+_INPUTS = {"stage": str, "inputs": {"*": {"path": RootPath}}}
 
 
-def find_consumers(root: str, name: str) -> dict[str, list[str]]:
-    """The runs, and the neighbor lists of other datasets, that use a dataset, by its version."""
+def find_consumers(root: str, name: str, *, skip_damaged: bool = True) -> dict[str, list[str]]:
+    """The runs, and the neighbor lists of other datasets, that use a dataset, by its version.
+
+    DamagedFile if neither the plan nor the manifest of one can be read, unless `skip_damaged`.
+    """
     consumers: dict[str, list[str]] = defaultdict(list)
-    for consumer, document in _consumers(root):
+    for consumer, document in _consumers(root, skip_damaged=skip_damaged):
         for version in sorted(set(_read_by(document, name))):
             if not consumer.startswith(f"datasets/{name}/{version}/"):
                 consumers[version].append(consumer)
@@ -50,7 +58,7 @@ def list_consumer_encoders(root: str, name: str, base: Dataset | None) -> dict[s
     return list_encoders(root, name) | ({base.label: dataset_encoder(base)} if base else {})
 
 
-def _consumers(root: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _consumers(root: str, *, skip_damaged: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """The plans of the stages that read databases, by folder."""
     root = storage.normalize(root)
     paths = [f"runs/{run}" for run in storage.list_folders(storage.join(root, "runs"))]
@@ -58,15 +66,41 @@ def _consumers(root: str) -> Iterator[tuple[str, dict[str, Any]]]:
         paths += [dataset.path(f"neighbors/{database}")
                   for database in storage.list_folders(dataset.folder("neighbors"))]
     for path in paths:
-        if document := _plan(root, path):
+        try:
+            document = read_inputs(root, path)
+        except DamagedFile as error:
+            if not skip_damaged:
+                raise
+            _log.warning("%s", str(error).splitlines()[0])
+            continue
+        if document:
             yield path, document
+
+
+def read_inputs(root: str, path: str) -> dict[str, Any] | None:
+    """The stage and inputs of a folder by its plan, or by its manifest if that is damaged; None without both.
+
+    DamagedFile if the plan is damaged and the manifest does not tell: the folder may need anything.
+    """
+    fault: DamagedFile | None = None
+    for file in ("plan.json", "manifest.json"):
+        url = storage.join(storage.normalize(root), path, file)
+        try:
+            return check_shape(storage.read_json(url), url, _INPUTS, "")
+        except FileNotFoundError:
+            continue
+        except DamagedFile as error:
+            fault = fault or error
+    if not fault:
+        return None
+    raise DamagedFile(f"{str(fault).splitlines()[0]}: what {path} needs is unknown\n"
+                      f"hint: python -m jobs rm {path}; or restore the file from a backup")
 
 
 def _plan(root: str, path: str) -> dict[str, Any] | None:
     try:
-        url = storage.join(storage.normalize(root), path, "plan.json")
-        return check_shape(storage.read_json(url), url, {"stage?": str, "inputs?": {"*": {"path": RootPath}}}, "")
-    except (FileNotFoundError, ValueError):
+        return read_inputs(root, path)
+    except DamagedFile:
         return None
 
 

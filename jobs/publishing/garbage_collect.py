@@ -36,6 +36,8 @@ def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = F
 
     Samples do not keep a version. "samples" names the samples that lose their credits with it.
 
+    DamagedFile if a run or a list of neighbors does not tell what it needs.
+
     A version that stays and cannot be read has its fault under "unreadable". It may have taken over files of any
     earlier version, so these stay too.
     """
@@ -97,7 +99,7 @@ def _remove_leftovers(root: str, name: str, now: float) -> None:
 def _choose(current: Published, config: GcConfig, now: float) -> list[dict[str, Any]]:
     """Every version with the reason to keep it; no reason for versions to remove."""
     root, name = current.root, current.name
-    pinned = find_consumers(root, name)
+    pinned = find_consumers(root, name, skip_damaged=False)
     all_versions = current.versions()
     removed = {version for version in all_versions if is_removed(root, name, version)}
     past = [version for version in all_versions if current.unpublished_since(version) is not None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.publishing.check_published import list_published
-from jobs.publishing.consumers import find_consumers
+from jobs.publishing.consumers import find_consumers, read_inputs
 from jobs.publishing.garbage_collect import files_of
 from jobs.runs.run import Run
 from jobs.runs.targets import is_within, refuse_unknown_target, suggest
@@ -26,11 +26,8 @@ from pipeline.datasets import release_files, version_marks
 from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
 from pipeline.datasets.published import Published
 from pipeline.datasets.signatures import ReleaseKeys
-from pipeline.stages.documents import RootPath, check_shape
 from pipeline.stages.plan import empty_folder
 from pipeline.stages.types import StageFailed
-
-_PLAN = {"inputs?": {"*": {"path": RootPath}}}
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ def plan_removal(root: str, path: str, stages: Sequence[str], keys: ReleaseKeys 
     `published`: also a dataset with published versions; `keys` sign that it was removed.
 
     ValueError if there is no such folder, if it is published and `published` is not set, or if something outside
-    depends on it.
+    depends on it. DamagedFile if the plan of a folder outside is damaged: it may depend on it.
     """
     root = storage.normalize(root)
     parent, _, name = storage.join(root, path).rpartition("/")
@@ -74,7 +71,7 @@ def plan_removal(root: str, path: str, stages: Sequence[str], keys: ReleaseKeys 
         _refuse_published(root, path)
     if current and not current.is_removed:
         current.keys.refuse_unsigned(current.name, current.document)
-    inputs = {stage: _read_inputs(root, stage) for stage in stages}
+    inputs = {stage: _read_inputs(root, stage, is_removed=is_within(stage, path)) for stage in stages}
     users = [stage for stage, paths in inputs.items() if not is_within(stage, path)
              and any(is_within(used, path) for used in paths)]
     if users := sorted({*users, *_versions_with_files(root, path)}):
@@ -179,14 +176,15 @@ def _refuse_published(root: str, path: str) -> None:
                              f"hint: python -m jobs gc {name}; or python -m jobs versions {name}")
 
 
-def _read_inputs(root: str, stage: str) -> list[str]:
-    """The folders that a stage was made from; none if its plan is missing or damaged."""
-    url = storage.join(root, stage, "plan.json")
+def _read_inputs(root: str, stage: str, *, is_removed: bool) -> list[str]:
+    """The folders that a stage was made from; none if its plan is missing, or damaged and it is removed itself."""
     try:
-        plan = check_shape(storage.read_json(url), url, _PLAN, "")
-    except (FileNotFoundError, storage.DamagedFile):
-        return []
-    return [described["path"] for described in plan.get("inputs", {}).values() if described["path"]]
+        inputs = (read_inputs(root, stage) or {}).get("inputs", {})
+    except storage.DamagedFile:
+        if not is_removed:
+            raise
+        inputs = {}
+    return [described["path"] for described in inputs.values() if described["path"]]
 
 
 def _versions_with_files(root: str, path: str) -> list[str]:

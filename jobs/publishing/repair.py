@@ -39,6 +39,8 @@ def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | N
     With public keys it restores only publications that one of them has signed. A new sequence number needs a new
     signature, so the repair of a signed dataset needs the private key. It signs a pointer that this key has not signed.
 
+    A dataset that was made by hand has no pointer: "published" is None then.
+
     DamagedFile if takedown requests are lost. `accept_lost_requests` puts records in their place. DamagedFile if this
     machine has seen publications that are lost, unless a later release is there, or with `accept_lost_publications`.
     """
@@ -51,7 +53,7 @@ def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | N
     report |= accepted | _repair_pointer(root, name, keys, accepted=bool(accepted), dry_run=dry_run,
                                          accept_lost=accept_lost_publications)
     if report["published"] is None:
-        return report
+        return report if dry_run else report | _repair_takedowns(root, name, accepted=bool(accepted))
     if not dry_run:
         report |= _repair_takedowns(root, name, accepted=bool(accepted))
         _refuse_damaged(Published.load(root, name, keys), report)
@@ -78,7 +80,8 @@ def _repair_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool, 
     try:
         current = Published.load(root, name, keys)
         if current.is_removed or (not current.version and not list(_from_releases(root, name))):
-            if accepted:
+            by_hand = not current.is_removed and name in storage.list_folders(storage.join(root, "datasets"))
+            if accepted or (by_hand and takedown_list.has_requests(root)):
                 return {"published": None}
             current.refuse_removed()
             raise ValueError(f"nothing of {name} is published in {root}\n"

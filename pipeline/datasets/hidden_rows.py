@@ -93,13 +93,16 @@ def read_hidden_rows(dataset: Dataset) -> np.ndarray:
 
     With those that were forgotten since it was made.
     """
-    hidden = takedowns.read_forgotten_rows(dataset)
+    return np.union1d(read_tombstones(dataset), takedowns.read_forgotten_rows(dataset))
+
+
+def read_tombstones(dataset: Dataset) -> np.ndarray:
+    """The rows of a dataset that the stage hides, ascending (T,) int64; ValueError if its shards changed since."""
     if not dataset.is_sealed("tombstones"):
-        return hidden
+        return np.array([], np.int64)
     dataset.identity("tombstones")
     entry = dataset.manifest("tombstones")["items"][0]["files"]
-    named = arrays.load_array(dataset.fetch("tombstones", next(file for file in entry if file["name"] == "rows.npy")))
-    return np.union1d(named, hidden)
+    return arrays.load_array(dataset.fetch("tombstones", next(file for file in entry if file["name"] == "rows.npy")))
 
 
 def hidden_row_inputs(dataset: Dataset) -> dict[str, dict[str, Any]]:

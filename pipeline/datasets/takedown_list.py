@@ -35,7 +35,8 @@ _log = logging.getLogger(__name__)
 _TRIES = 20
 _KINDS = ("sha256", "urls", "domains")
 _REQUEST = {f"{kind}?": [str] for kind in _KINDS}
-_DOCUMENT = _REQUEST | {"requests?": [_REQUEST], "rows?": [int], "applied?": int, "through?": int}
+_DOCUMENT = _REQUEST | {"requests?": [_REQUEST], "rows?": [int], "applied?": int, "through?": int,
+                        "shards?": str, "digest?": str}
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def read_takedowns(root: str) -> Forgotten:
     """All requests below a root. ValueError if the list is damaged or changed, or lacks a request."""
     # Requests are counted in the opposite order of their writing: one that is added meanwhile is not missing.
     refuse_lost_requests(root, replace_damaged=False)
-    copies = max(_copy_numbers(root), default=0)
+    copies = count_copies(root)
     counted = _counted_requests(root)
     document = read_document(storage.join(root, NAME))[1]
     requests = len(document.get("requests", ()))
@@ -96,8 +97,25 @@ def read_takedowns(root: str) -> Forgotten:
     if path := _find_other_hash(document, counted):
         raise DamagedFile(f"{storage.join(root, NAME)} was changed: its requests are not those that {path} counts\n"
                           f"hint: python -m jobs repair {path.split('/')[1]} --root {root}")
-    # A value that was removed beside the requests is not lost.
+    return parse_list(document)
+
+
+def parse_list(document: Mapping[str, Any]) -> Forgotten:
+    """What a takedown list names. A value that was removed beside the requests is not lost."""
     return Forgotten(*(frozenset(values) for values in _merge_kinds(document, document.get("requests", ())).values()))
+
+
+def has_requests(root: str) -> bool:
+    """Whether the list of a root or its copies have a request. A damaged list counts as one with requests."""
+    try:
+        return bool(count_copies(root) or read_document(storage.join(root, NAME))[1].get("requests"))
+    except DamagedFile:
+        return True
+
+
+def count_copies(root: str) -> int:
+    """The number of the last request that has a copy."""
+    return max(_copy_numbers(root), default=0)
 
 
 def count_requests(root: str) -> tuple[int, int]:

@@ -6,7 +6,9 @@ The requests are in the takedown list of the root (takedown_list.py). The next v
 these images and their metadata.
 
 A removed file must not bring images back. So the list counts the requests that all datasets have applied. The file of
-a version names the last request that it has applied. The pointer of a published dataset names the least count.
+a version names the last request that it has applied, the shards that its rows are of, and a hash. The pointer of a
+published dataset names the least count. A dataset that was made after a request, or that was made again, has no such
+file: its readers compare the list with all rows.
 """
 
 import logging
@@ -22,7 +24,9 @@ from pipeline.datasets.takedown_list import (
     NAME,
     Forgotten,
     change_document,
+    count_copies,
     hash_requests,
+    parse_list,
     read_document,
 )
 from pipeline.storage import DamagedFile
@@ -78,13 +82,15 @@ def hide_rows(dataset: Dataset, rows: list[int], through: int) -> int:
 
     `through`: the rows are those of the first so many requests of the list.
     """
-    before = 0
+    before, content = 0, _shards_content(dataset)
 
     def grown(document: dict[str, Any]) -> dict[str, Any]:
         nonlocal before
+        if document.get("shards", content) != content:
+            document = {}  # the shards were made again, and the rows are those of others
         before = len(document.get("rows", ()))
-        return {"rows": sorted({*document.get("rows", ()), *rows}),
-                "through": max(through, document.get("through", 0))}
+        kept, applied = sorted({*document.get("rows", ()), *rows}), max(through, document.get("through", 0))
+        return {"rows": kept, "through": applied, "shards": content, "digest": _digest(kept, applied, content)}
 
     # The whole list is applied each time, so a damaged file loses nothing.
     return len(change_document(_address(dataset), grown, replace_damaged=True)["rows"]) - before
@@ -93,28 +99,61 @@ def hide_rows(dataset: Dataset, rows: list[int], through: int) -> int:
 def read_forgotten_rows(dataset: Dataset) -> np.ndarray:
     """The rows of a version that were forgotten since it was made, ascending (T,) int64.
 
-    ValueError if the version is published and a file is missing that may name more of them.
+    If the file of the version is not about all requests, or about other shards, or was changed, the takedown list is
+    compared with all rows. ValueError if requests are lost, or if the version is published and its file is missing.
     """
     document = read_document(_address(dataset))[1]
-    if dataset.trusted:
-        _refuse_missing(dataset, document.get("through", 0))
-    return np.array(document.get("rows", []), np.int64)
+    rows, through = document.get("rows", []), document.get("through", 0)
+    listed = read_document(storage.join(dataset.root, NAME))[1]
+    required = _required_requests(dataset, listed, through)
+    if not document and not required and not parse_list(listed):
+        return np.array([], np.int64)
+    content = _shards_content(dataset)
+    if through >= required and document.get("digest") == _digest(rows, through, content):
+        return np.array(rows, np.int64)
+    samples = dataset.manifest("shards")["totals"]["samples"]
+    stored = [row for row in rows if 0 <= row < samples] if document.get("shards", content) == content else []
+    found = [row for row, _ in find_rows(dataset, parse_list(listed))]
+    return np.array(sorted({*stored, *found}), np.int64)
 
 
-def _refuse_missing(dataset: Dataset, through: int) -> None:
-    url = storage.join(dataset.root, NAME)
-    document = read_document(url)[1]
-    requests, (known, sha256) = len(document.get("requests", ())), dataset.takedown_list
-    required = max(document.get("applied", 0), dataset.takedowns)
+def read_stored_rows(dataset: Dataset) -> np.ndarray:
+    """The rows that the file of a version hides, ascending (T,) int64; DamagedFile if it was changed."""
+    document = read_document(_address(dataset))[1]
+    rows, through = document.get("rows", []), document.get("through", 0)
+    if document.get("digest", digest := _digest(rows, through, _shards_content(dataset))) != digest:
+        raise DamagedFile(f"{_address(dataset)} was changed, or is of other shards\n"
+                          f"hint: python -m jobs repair {dataset.name} --root {dataset.root}")
+    return np.array(rows, np.int64)
+
+
+def _required_requests(dataset: Dataset, listed: dict[str, Any], through: int) -> int:
+    """How many requests the file of a version must have applied; DamagedFile if it or the list misses some."""
+    url, requests = storage.join(dataset.root, NAME), len(listed.get("requests", ()))
     hint = f"hint: python -m jobs repair {dataset.name} --root {dataset.root}"
-    if requests < required:
-        raise DamagedFile(f"{url} is missing or was replaced: expected {required} requests, got {requests}\n{hint}")
-    if sha256 and hash_requests(document, known) != sha256:
+    required = max(listed.get("applied", 0), dataset.takedowns)
+    least = required if dataset.trusted else max(required, through, count_copies(dataset.root))
+    if requests < least:
+        raise DamagedFile(f"{url} is missing or was replaced: expected {least} requests, got {requests}\n{hint}")
+    if not dataset.trusted:
+        return requests  # a published version gets its file before readers see it, others may be made after a request
+    known, sha256 = dataset.takedown_list
+    if sha256 and hash_requests(listed, known) != sha256:
         raise DamagedFile(f"{url} was changed: its first {known} requests are not those that current.json counts\n"
                           f"{hint}")
     if through < required:
         raise DamagedFile(f"{_address(dataset)} is missing or was replaced: expected the rows of {required} requests, "
                           f"got those of {through}\n{hint}")
+    return required
+
+
+def _shards_content(dataset: Dataset) -> str:
+    """The hash of the shards that rows are counted in; "" if they are not sealed."""
+    return dataset.manifest("shards")["content"] if dataset.is_sealed("shards") else ""
+
+
+def _digest(rows: list[int], through: int, content: str) -> str:
+    return storage.digest([rows, through, content])
 
 
 def _address(dataset: Dataset) -> str:

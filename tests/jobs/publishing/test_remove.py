@@ -204,3 +204,11 @@ def test_damaged_plans_do_not_prevent_removal(root: Path) -> None:
     assert _rm(root, "flat", "--yes") == 0
     documents: dict[str, Any] = _files(root)
     assert not [name for name in documents if "flat" in name]
+
+
+def test_a_damaged_plan_outside_prevents_removal(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file, code in (("plan.json", 2), ("manifest.json", 1)):  # the manifest of a sealed folder tells its inputs too
+        (root / "runs/small" / file).write_bytes(b"{")
+        assert _rm(root, "drawn", "--yes") == code
+    assert "what runs/small needs is unknown" in capsys.readouterr().err
+    assert (root / "datasets/drawn").exists()

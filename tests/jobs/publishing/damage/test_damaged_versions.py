@@ -182,3 +182,21 @@ def test_a_rebuild_after_forget_names_no_flag_of_another_verb(second: Path, capl
     paint(second / "source" / "more.png", 4)
     assert rebuild(root, second / "source", rewrite=0.0)["published"] == "v4"
     assert not published_dataset(root).is_sealed("tombstones") and "--tombstone" not in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"stage": "train", "inputs": 3}'])
+def test_gc_removes_nothing_that_a_damaged_plan_may_need(second: Path, damage: str,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    root, run = str(second / "root"), second / "root/runs/consumer"
+    _pin(second, "v1")
+    plan = (run / "plan.json").read_text()
+    (run / "plan.json").write_text(damage)
+    gc = ["gc", NAME, "--keep", "0", "--lease", "0", "--root", root]
+    assert main(gc) == 1
+    error = capsys.readouterr().err
+    assert "what runs/consumer needs is unknown" in error and f"rm --root {root} runs/consumer" in error
+    assert (_version(second, "v1") / "shards/manifest.json").exists()
+    assert main(["versions", NAME, "--root", root]) == 0
+    (run / "manifest.json").write_text(plan)  # a sealed folder names its inputs twice
+    assert main(gc) == 0
+    assert "v1  kept: pinned by runs/consumer" in capsys.readouterr().out

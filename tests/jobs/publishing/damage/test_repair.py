@@ -184,7 +184,14 @@ def test_verify_finds_rows_of_the_takedown_list_that_searches_still_find(place: 
     path = place / "root" / "datasets" / NAME / "v1" / "forgotten.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": []}))
     assert main(["verify", "--root", root]) == 1
-    assert "searches find 1 images of the takedown list, the first is row 4" in capsys.readouterr().out
+    assert "forgotten.json was changed, or is of other shards" in capsys.readouterr().out
+    assert 4 in hidden_rows.read_hidden_rows(published_dataset(root))  # searches look for the rows then
+    path.write_text('{"rows": [], "through": 1}')  # as earlier versions of this program wrote it
+    assert main(["verify", "--root", root]) == 1
+    assert "it does not hide 1 images of the takedown list, the first is row 4" in capsys.readouterr().out
+    assert 4 in hidden_rows.read_hidden_rows(published_dataset(root))
+    assert main(["repair", NAME, "--root", root]) == 0
+    assert main(["verify", "--root", root]) == 0
 
 
 def test_verify_reads_plans(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

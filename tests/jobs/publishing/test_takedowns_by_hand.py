@@ -1,0 +1,74 @@
+"""Takedowns in datasets that `shard` made: no pointer counts the requests, and the shards may be made again."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs.cli.main import main
+from pipeline.datasets import hidden_rows
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.metadata import metadata
+from pipeline.storage import DamagedFile
+from tests.jobs.publishing.published_art import paint
+
+
+def _shard(place: Path, name: str = "hand", *flags: str) -> None:
+    assert main(["shard", name, "--source", str(place / "source"), "--image-size", "32", "--local",
+                 "--root", str(place / "root"), *flags]) == 0
+
+
+def _hidden(place: Path, name: str = "hand") -> list[str]:
+    """The names of the images that searches leave out."""
+    dataset = Dataset.parse(str(place / "root"), name)
+    names = [row["url"] for record in dataset.manifest("shards")["items"] for row in metadata(dataset, record)]
+    return [names[row] for row in hidden_rows.read_hidden_rows(dataset)]
+
+
+@pytest.fixture
+def hand(tmp_path: Path) -> Path:
+    """A dataset of six images, of which c.png was forgotten."""
+    (tmp_path / "source").mkdir()
+    for number, letter in enumerate("abcdef"):
+        paint(tmp_path / "source" / f"{letter}.png", number)
+    _shard(tmp_path)
+    assert _hidden(tmp_path) == []
+    assert main(["forget", "--url", "c.png", "--root", str(tmp_path / "root")]) == 0
+    assert _hidden(tmp_path) == ["c.png"]
+    return tmp_path
+
+
+def test_shards_that_are_made_again_hide_the_same_images(hand: Path) -> None:
+    os.remove(hand / "source" / "a.png")
+    _shard(hand, "hand", "--overwrite")
+    assert _hidden(hand) == ["c.png"]
+    assert main(["forget", "--url", "d.png", "--root", str(hand / "root")]) == 0
+    assert _hidden(hand) == ["c.png", "d.png"]
+
+
+def test_a_dataset_that_is_made_after_a_request_hides_the_image_under_any_name(hand: Path) -> None:
+    (hand / "source" / "c.png").rename(hand / "source" / "z.png")
+    _shard(hand, "other")
+    assert _hidden(hand, "other") == ["z.png"]
+
+
+def test_a_removed_list_is_missed_and_repaired(hand: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = hand / "root"
+    os.remove(root / "datasets/hand/v1/forgotten.json")
+    assert _hidden(hand) == ["c.png"]
+    os.remove(root / "forgotten.json")
+    with pytest.raises(DamagedFile, match=r"expected 1 requests, got 0\nhint: python -m jobs repair hand --root"):
+        _hidden(hand)
+    assert main(["verify", "--root", str(root)]) == 1
+    assert "datasets/hand/v1/forgotten.json: " in capsys.readouterr().out
+    assert main(["repair", "hand", "--root", str(root)]) == 0
+    assert _hidden(hand) == ["c.png"]
+    assert main(["verify", "--root", str(root)]) == 0
+
+
+def test_the_rows_of_another_version_are_not_taken(hand: Path) -> None:
+    os.remove(hand / "source" / "a.png")
+    _shard(hand, "other")
+    shutil.copy(hand / "root/datasets/hand/v1/forgotten.json", hand / "root/datasets/other/v1/forgotten.json")
+    assert _hidden(hand, "other") == ["c.png"]
