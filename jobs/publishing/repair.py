@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.datasets import published, release_files, takedown_list, takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.history import entry_number, list_history, read_entry, restore_places
-from pipeline.datasets.last_seen import read_last_seen
+from pipeline.datasets.last_seen import SIGNED, read_last_seen
 from pipeline.datasets.pointer import DamagedPointer, parse_pointer, read_pointer
 from pipeline.datasets.published import Published
 from pipeline.datasets.signatures import ReleaseKeys, read_release_keys
@@ -187,7 +187,7 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool,
         document, fault = next(((document, fault) for document, fault in faults if not fault), faults[0])
     newest = max([document["sequence"] for document in candidates], default=0)
     newest = max([newest, *map(entry_number, list_history(root, name))])  # readers compare with damaged ones too
-    seen = max(read_last_seen(root, name, signed=signed).get("sequence", 0) for signed in (False, True))
+    seen = max(read_last_seen(root, name, kind).get("sequence", 0) for kind in ("", SIGNED))
     after = document | {"sequence": max(newest, seen, current.document.get("sequence", 0)) + 1, "repaired": True,
                         "published": round(time.time(), 3), "previous": candidates[0]["version"]}
     if accepted and "takedown_list" in after:

@@ -30,7 +30,13 @@ from pipeline.datasets.history import (
     list_history,
     read_entry,
 )
-from pipeline.datasets.last_seen import read_last_seen, write_last_seen
+from pipeline.datasets.last_seen import (
+    SIGNED,
+    count_seen_takedowns,
+    note_takedowns,
+    read_last_seen,
+    write_last_seen,
+)
 from pipeline.datasets.pointer import DamagedPointer, parse_pointer, read_pointer
 from pipeline.datasets.release_files import (
     find_changed_manifests,
@@ -81,7 +87,7 @@ class Published:
     def repair_options(self) -> str:
         """The options that `repair` needs to publish the pointer again; "" without signatures."""
         if any("signature" in document for document in self.history()) or (
-                self.keys.accepted and read_last_seen(self.root, self.name, signed=True)):
+                self.keys.accepted and read_last_seen(self.root, self.name, SIGNED)):
             return " --sign KEYFILE"
         if not self.keys.accepted:
             return ""
@@ -110,9 +116,10 @@ class Published:
         """A disagreement of the pointer with the last one that this machine has seen; "" without one."""
         if (seen := self.last_seen_sequence()) > sequence:
             return f"is an older one: it has number {sequence}, and this machine has seen {seen}"
+        note_takedowns(self.root, self.name, self.document.get("takedowns", 0))
         if self._is_signed:
             if seen < sequence:
-                write_last_seen(self.root, self.name, sequence, "", signed=True)
+                write_last_seen(self.root, self.name, sequence, "", SIGNED)
         elif newest and read_last_seen(self.root, self.name).get("sequence") != sequence:
             write_last_seen(self.root, self.name, sequence, hash_first(self.root, self.name))
         return ""
@@ -120,7 +127,7 @@ class Published:
     def last_seen_sequence(self) -> int:
         """The number of the last publication of this history that this machine has seen; 0 if it has seen none."""
         if self._is_signed:
-            return read_last_seen(self.root, self.name, signed=True).get("sequence", 0)
+            return read_last_seen(self.root, self.name, SIGNED).get("sequence", 0)
         seen = read_last_seen(self.root, self.name)
         is_newer = seen.get("sequence", 0) > self.document.get("sequence", 0)
         return seen["sequence"] if is_newer and seen.get("first") == hash_first(self.root, self.name) else 0
@@ -191,8 +198,9 @@ class Published:
                               f"hint: python -m jobs verify --quick --only datasets/{dataset.name}")
         release = check_release(storage.parse_json(data, release_url(dataset)), release_url(dataset))
         listed = self.document.get("takedown_list", {})
+        takedowns = max(self.document.get("takedowns", 0), count_seen_takedowns(self.root, self.name))
         return Dataset(dataset.root, dataset.name, dataset.version, tuple(sorted(release["manifests"].items())),
-                       self.document.get("takedowns", 0), (listed.get("requests", 0), listed.get("sha256", "")),
+                       takedowns, (listed.get("requests", 0), listed.get("sha256", "")),
                        bool(self.keys.accepted))
 
     def history(self) -> list[dict[str, Any]]:
@@ -312,7 +320,7 @@ class Published:
 
     def _next_sequence(self) -> int:
         """The number of the next publication: above all that this machine has seen signed, or readers refuse it."""
-        seen = read_last_seen(self.root, self.name, signed=True) if self.keys.private else {}
+        seen = read_last_seen(self.root, self.name, SIGNED) if self.keys.private else {}
         return max(self.document.get("sequence", 0), seen.get("sequence", 0)) + 1
 
     def require_takedowns(self, listed: dict[str, Any], *, replace: bool = False) -> bool:

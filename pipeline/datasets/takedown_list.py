@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.datasets.dataset import datasets
+from pipeline.datasets.last_seen import count_seen_takedowns
 from pipeline.datasets.pointer import parse_pointer, read_pointer
 from pipeline.downloads.urls import find_host
 from pipeline.stages.documents import check_shape
@@ -218,13 +219,15 @@ def _find_lost_requests(root: str, *, replace_damaged: bool = True) -> tuple[lis
 
 
 def _count_required(root: str) -> tuple[int, str]:
-    """The most requests that a pointer, its history or a version counts, and the path of that file below the root."""
+    """The most requests that a pointer, its history or a version counts or this machine has seen; and where."""
     names = storage.list_folders(storage.join(root, "datasets"))
     paths = [f"datasets/{name}/current.json" for name in names]
     paths += [f"published/{name}/{file}" for name in names
               for file in storage.list_files(storage.join(root, "published", name)) if file.endswith(".json")]
     paths += [f"datasets/{dataset.name}/{dataset.version}/{NAME}" for dataset in datasets(root)]
     counts = storage.map_urls(lambda path: _read_count(storage.join(root, path)), paths)
+    counts += [count_seen_takedowns(root, name) for name in names]
+    paths += [f"datasets/{name}/current.json, as this machine has seen it," for name in names]
     return max(zip(counts, paths, strict=True), key=lambda pair: pair[0], default=(0, ""))
 
 

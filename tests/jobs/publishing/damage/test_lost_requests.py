@@ -8,9 +8,11 @@ import pytest
 
 from jobs.cli.main import main
 from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.hidden_rows import read_hidden_rows
 from pipeline.datasets.metadata import metadata
 from pipeline.datasets.pointer import DamagedPointer
-from tests.jobs.publishing.published_art import NAME, paint, rebuild
+from pipeline.storage import DamagedFile
+from tests.jobs.publishing.published_art import NAME, paint, published_dataset, rebuild
 
 _SHA256 = "c" * 64
 
@@ -76,3 +78,28 @@ def test_a_lost_pointer_with_its_history_is_named(two_versions: Path, first: Pat
     if versions == 2:
         assert rebuild(root, place / "source")["published"] == "v3"
     assert main(["verify", "--quick", *at]) == 0
+
+
+@pytest.mark.parametrize("restored", ["root", "requests"])
+def test_a_backup_from_before_a_request_does_not_bring_images_back(place: Path, restored: str,
+                                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    root, at = place / "root", ["--root", str(place / "root")]
+    shutil.copytree(root, place / "backup")
+    assert main(["forget", "--sha256", _rows(root, "v1")[4]["sha256"], *at]) == 0
+    assert list(read_hidden_rows(published_dataset(root))) == [4]
+    if restored == "requests":
+        shutil.copytree(root / "takedowns", place / "backup/takedowns")
+    shutil.rmtree(root)
+    shutil.copytree(place / "backup", root)
+    with pytest.raises(DamagedFile, match="expected 1 requests, got 0"):
+        read_hidden_rows(published_dataset(root))
+    assert main(["verify", *at]) == 1
+    if restored == "root":
+        assert main(["repair", NAME, *at]) == 1
+        assert "current.json, as this machine has seen it, counts them" in capsys.readouterr().err
+    assert main(["repair", NAME, *at, *(["--accept-lost-requests"] if restored == "root" else [])]) == 0
+    assert list(read_hidden_rows(published_dataset(root))) == ([4] if restored == "requests" else [])
+    assert main(["verify", *at]) == 0
+    shutil.rmtree(root)  # another root at the same place has another history
+    rebuild(root, place / "source")
+    assert list(read_hidden_rows(published_dataset(root))) == []
