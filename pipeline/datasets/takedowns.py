@@ -7,8 +7,8 @@ these images and their metadata.
 
 A removed file must not bring images back. So the list counts the requests that all datasets have applied. The file of
 a version names the last request that it has applied, the shards that its rows are of, and a hash. The pointer of a
-published dataset names the least count. A dataset that was made after a request, or that was made again, has no such
-file: its readers compare the list with all rows.
+published dataset names the least count. If `shard` makes a dataset after a request, or makes it again, no file fits
+it. Its readers compare the list with all rows.
 """
 
 import logging
@@ -99,8 +99,8 @@ def hide_rows(dataset: Dataset, rows: list[int], through: int) -> int:
 def read_forgotten_rows(dataset: Dataset) -> np.ndarray:
     """The rows of a version that were forgotten since it was made, ascending (T,) int64.
 
-    If the file of the version is not about all requests, or about other shards, or was changed, the takedown list is
-    compared with all rows. ValueError if requests are lost, or if the version is published and its file is missing.
+    All rows are compared with the takedown list if the file of the version was changed, lacks requests or is of other
+    shards. ValueError if requests are lost, or if the version is published and its file is missing.
     """
     document = read_document(_address(dataset))[1]
     rows, through = document.get("rows", []), document.get("through", 0)
