@@ -1,6 +1,7 @@
 """Verbs for published databases: rebuild, versions, rollback, repair, gc, credits, forget."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -59,7 +60,7 @@ class RebuildOptions:
 def run_rebuild(options: RebuildOptions) -> int:
     from jobs.inspection.summary import next_sample
     build = _open_rebuild(options)
-    return _publish(build, options, Times(), next_sample(build.root, build.name))
+    return _publish(build, options, Times(), lambda: next_sample(build.root, build.name))
 
 
 def _open_rebuild(options: RebuildOptions) -> "Rebuild":
@@ -73,7 +74,7 @@ def _open_rebuild(options: RebuildOptions) -> "Rebuild":
     return Rebuild(root, name, options.shard, options.embed, options.index, options.rebuild, options.signing.keys())
 
 
-def _publish(build: "Rebuild", options: RebuildOptions, times: Times, following: str) -> int:
+def _publish(build: "Rebuild", options: RebuildOptions, times: Times, following: Callable[[], str]) -> int:
     """Bring the published version up to the source, and print what was done and the seconds of each part."""
     if options.common.dry_run:
         output.print_document(build.forecast(), as_json=options.json, indent=1)
@@ -97,7 +98,7 @@ def _publish(build: "Rebuild", options: RebuildOptions, times: Times, following:
     seconds = {part: round(value, 1) for part, value in times.seconds.items()}
     output.print_document(result | {"seconds": seconds}, as_json=options.json)
     if not output.wants_json(options.json):
-        output.print_next(following, options.common.root)
+        output.print_next(following(), options.common.root)
     return 0
 
 
@@ -126,7 +127,7 @@ def run_style(options: StyleOptions) -> int:
     small = build.source.count <= _IMAGES_WITHOUT_RAY
     common = spare_ray(options.common, options.cluster, small=small)
     return _publish(build, replace(options, common=common), times,
-                    f"python -m jobs sample 'a tree' --database {build.name}")
+                    lambda: f"python -m jobs sample 'a tree' --database {build.name}")
 
 
 def check_rebuild(options: RebuildOptions, *, here: bool = True) -> None:

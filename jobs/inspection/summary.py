@@ -1,14 +1,15 @@
 """The text at the end of a command: a summary of the sealed stage, and the usual next command."""
 
-import shlex
 from collections.abc import Callable
 from typing import Any
 
 from jobs.inspection.status import COUNT_PARAMETERS
+from jobs.runs.newest_run import find_newest_run
 from jobs.runs.run import Run
 from jobs.telemetry.units import format_bytes, format_count, format_duration, format_number
 from pipeline import storage
 from pipeline.datasets.dataset import datasets
+from pipeline.datasets.published import open_dataset
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.stages.stage import Stage
 
@@ -50,9 +51,9 @@ def next_command(stage: Stage) -> str:
 
 
 def next_sample(root: str, dataset: str) -> str:
-    """A command that uses a database: `sample` with a run of the root, or `search` if there is no run."""
-    if runs := storage.list_folders(storage.join(root, "runs")):
-        return f"python -m jobs sample {shlex.quote(runs[0])} {_PROMPT} --database {dataset}"
+    """A command that uses a published database: `sample` if a run has its encoder, or else `search`."""
+    if find_newest_run(root, dataset_encoder(open_dataset(root, dataset))):  # `sample` takes this run
+        return f"python -m jobs sample 'a red apple' --database {dataset}"
     return f"python -m jobs search {dataset} 'a red apple'"
 
 

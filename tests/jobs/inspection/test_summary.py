@@ -60,12 +60,12 @@ def test_the_next_command_reads_only_existing_folders(trained_root: Path, tmp_pa
     assert _next_words("convert", "runs/small", root) == []
 
 
-def test_after_a_rebuild_a_run_samples_from_the_database(tmp_path: Path) -> None:
-    assert shlex.split(next_sample(str(tmp_path), "art"))[3] == "search"
-    (tmp_path / "runs/small").mkdir(parents=True)
-    words = shlex.split(next_sample(str(tmp_path), "art"))
-    assert words[3:5] == ["sample", "small"] and words[-2:] == ["--database", "art"]
-    parse_command(words[3:])
+def test_after_a_rebuild_a_run_samples_from_the_database(prepared_root: Path, trained_root: Path) -> None:
+    """Without a run of the encoder, `search` works."""
+    for root, database, verb in ((prepared_root, "drawn", "search"), (trained_root, "flat", "sample")):
+        words = shlex.split(next_sample(str(root), database))
+        assert words[3] == verb and database in words
+        parse_command(words[3:])
 
 
 def test_a_terminal_gets_text_and_a_pipe_gets_json(prepared_root: Path, tmp_path: Path) -> None:
