@@ -18,7 +18,6 @@ from jobs.telemetry import interrupts, output
 from jobs.training.config import ConvertConfig
 from model.config import TrainConfig
 from pipeline import storage
-from pipeline.datasets.dataset import list_names
 from pipeline.embeddings.config import EmbedConfig
 
 if TYPE_CHECKING:
@@ -194,6 +193,7 @@ class SampleOptions:
 
 def run_sample(options: SampleOptions) -> int:
     if not options.database:
+        from pipeline.datasets.dataset import list_names
         names = list_names(storage.normalize(options.common.root))
         raise ValueError(f"sample needs a database: expected --database, got none; there are {', '.join(names)}\n"
                          f"hint: --database {names[0] if names else 'NAME'}")

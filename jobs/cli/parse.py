@@ -8,11 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
-from jobs.checks.source import check_source
 from jobs.cli.options import CommonOptions, StageOptions
 from jobs.telemetry.output import PROGRAM
 from pipeline import storage
-from pipeline.datasets.dataset import Dataset, refuse_unknown
 
 if TYPE_CHECKING:
     from jobs.config.settings import Settings
@@ -90,6 +88,7 @@ def check_options(verb: str, options: Any) -> None:
     _check_root(verb, options)
     _check_names(verb, options)
     if verb in _READ_A_SOURCE:
+        from jobs.checks.source import check_source
         check_source(options.shard.source)
 
 
@@ -129,6 +128,7 @@ def _check_answer(root: str) -> None:
 
 def _check_names(verb: str, options: Any) -> None:
     """ValueError if the command reads a dataset that does not exist, or makes one without a valid name."""
+    from pipeline.datasets.dataset import Dataset, refuse_unknown
     for role in ("dataset", "database", "validation"):
         value: str | tuple[str, ...] = getattr(options, role, ())
         for text in filter(None, (value,) if isinstance(value, str) else value):
