@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from jobs.runs.metrics import never_made_a_step
@@ -33,12 +33,32 @@ def find_samples(root: str, name: str) -> dict[str, list[str]]:
     """The samples whose neighbors are from a dataset, by its version. They keep no version: `credits` needs it."""
     samples: dict[str, list[str]] = defaultdict(list)
     root = storage.normalize(root)
-    for run in storage.list_folders(storage.join(root, "runs")):
-        for sample in storage.list_folders(storage.join(root, "runs", run, "samples")):
-            path = f"runs/{run}/samples/{sample}"
-            for version in sorted(set(_read_by(_plan(root, path) or {}, name))):
-                samples[version].append(path)
+    for path in _sample_folders(root):
+        for version in sorted(set(_read_by(_plan(root, path) or {}, name))):
+            samples[version].append(path)
     return samples
+
+
+def find_samples_showing(root: str, hashes: Collection[str]) -> list[str]:
+    """The samples that hold a copy of an image with one of these hashes as a neighbor."""
+    root, showing = storage.normalize(root), []
+    for path in _sample_folders(root):
+        try:
+            pictures = storage.read_json(storage.join(root, path, "samples.json"))["pictures"]
+            used = {neighbor["sha256"] for picture in pictures for neighbor in picture["neighbors"]}
+        except FileNotFoundError:
+            continue
+        except (ValueError, LookupError, TypeError):
+            _log.warning("forget: %s/samples.json is damaged: it may show images that are taken down", path)
+            continue
+        if not used.isdisjoint(hashes):
+            showing.append(path)
+    return showing
+
+
+def _sample_folders(root: str) -> list[str]:
+    return [f"runs/{run}/samples/{sample}" for run in storage.list_folders(storage.join(root, "runs"))
+            for sample in storage.list_folders(storage.join(root, "runs", run, "samples"))]
 
 
 def list_encoders(root: str, name: str) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ from jobs.telemetry import tables
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
+from pipeline.datasets.takedown_list import Forgotten, read_takedowns
 from pipeline.media.contact_sheet import contact_sheet
 from pipeline.rows.licenses import attribution_of, license_of
 from pipeline.stages.documents import NUMBER, check_shape
@@ -48,9 +49,10 @@ def list_credits(text: str, root: str = "") -> list[dict[str, Any]]:
     databases = {neighbor.get("database", picture["database"])
                  for picture in chosen for neighbor in picture["neighbors"]}
     known = {label: _known(Dataset.parse(root, label)) for label in sorted(databases)}
+    forgotten = read_takedowns(root)
     return [{"sample": picture["file"], "prompt": picture.get("prompt", ""), "seed": picture["seed"], "pictures": [
         _credit(neighbor, neighbor.get("database", picture["database"]), known,
-                storage.file_below(folder, neighbor["file"]))
+                storage.file_below(folder, neighbor["file"]), forgotten)
         for neighbor in picture["neighbors"]]} for picture in chosen]
 
 
@@ -72,14 +74,17 @@ def _known(dataset: Dataset) -> dict[str, dict[str, Any]]:
     return {row["key"]: row | {"sources": origins} for record in manifest["items"] for row in metadata(dataset, record)}
 
 
-def _credit(neighbor: dict[str, Any], label: str, known: dict[str, dict[str, Any]], file: str) -> dict[str, Any]:
+def _credit(neighbor: dict[str, Any], label: str, known: dict[str, dict[str, Any]], file: str,
+            forgotten: Forgotten) -> dict[str, Any]:
     row = known[label].get(neighbor["key"])
     if row is not None and row["sha256"] != neighbor["sha256"]:
         row = None  # the version was made again after this sample
+    note = ("this image was taken down" if forgotten.has(row or neighbor) else
+            "" if row else "this version of the database was removed, or was made again")
     return {"database": label, "key": neighbor["key"], "score": neighbor["score"], "caption": neighbor["caption"],
             "url": row["url"] if row else "", **credit_row(row or {}, label),
             "sha256": neighbor["sha256"], "file": file,
-            **({} if row else {"note": "this version of the database was removed, or was made again"})}
+            **({"note": note} if note else {})}
 
 
 def credit_row(row: dict[str, Any], label: str) -> dict[str, str]:

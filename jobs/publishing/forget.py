@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jobs.publishing.consumers import find_consumers
+from jobs.publishing.consumers import find_consumers, find_samples_showing
 from jobs.publishing.whole_versions import find_replacement
 from pipeline import storage
 from pipeline.datasets import takedown_list, takedowns
@@ -59,7 +59,9 @@ def _host(text: str) -> str:
 
 
 def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) -> dict[str, Any]:
-    """Add images to the takedown list and hide them in every dataset. Returns the datasets, and the runs that use them.
+    """Add images to the takedown list and hide them in every dataset.
+
+    Returns the datasets, the runs that use them, and the samples whose folders have copies of the images.
 
     Later rebuilds leave out the images of the list. Other names of the same bytes are found by their hash. A version
     that cannot be read stops nothing: it is listed under `unreadable`, with the reason.
@@ -69,11 +71,11 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
     # A request with a URL also covers the bytes of the image, in case another URL serves them.
     hashes: set[str] = set()
     unreadable: dict[Dataset, str] = {}
+    for dataset in _sealed_datasets(root):
+        hashes |= {value for _, row in _read_rows(dataset, wanted.has, unreadable)
+                   for value in (row["sha256"], row.get("original_sha256")) if value}
     if not wanted.domains:
-        for dataset in _sealed_datasets(root):
-            hashes |= {value for _, row in _read_rows(dataset, wanted.has, unreadable)
-                       for value in (row["sha256"], row.get("original_sha256")) if value}
-    wanted = Forgotten(wanted.sha256 | hashes, wanted.urls, wanted.domains)
+        wanted = Forgotten(wanted.sha256 | hashes, wanted.urls, wanted.domains)
     if dry_run:
         touched = [_touched(dataset, rows, 0, find_consumers(root, dataset.name)) for dataset in _sealed_datasets(root)
                    if (rows := _read_rows(dataset, wanted.has, unreadable))]
@@ -82,7 +84,7 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
         touched, faults = apply_takedowns(root, wanted)
         unreadable |= faults
     return {"sha256": sorted(wanted.sha256), "urls": sorted(wanted.urls), "domains": sorted(wanted.domains),
-            "dry_run": dry_run, "found": touched,
+            "dry_run": dry_run, "found": touched, "samples": find_samples_showing(root, wanted.sha256 | hashes),
             "unreadable": {_full_label(dataset): fault for dataset, fault in unreadable.items()}}
 
 
@@ -196,6 +198,9 @@ def forget_text(report: dict[str, Any]) -> str:
             lines.append(f"  neighbor lists made with it: {', '.join(entry['neighbors'])}")
         if entry["runs"]:
             lines.append(f"  runs that used it: {', '.join(entry['runs'])}")
+    if report["samples"]:
+        lines.append(f"samples that show them beside the generated images: {', '.join(report['samples'])}")
+        lines.append(f"  to remove these: rm {' '.join(report['samples'])}")
     names = sorted({entry["dataset"].split("@")[0] for entry in report["found"]})
     lines.append(f"the shards keep their bytes until the next version: rebuild {' / '.join(names)}; then gc; "
                  f"training leaves them out from its next start, the weights of runs do not change")

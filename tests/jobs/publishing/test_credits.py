@@ -114,3 +114,20 @@ def test_a_sheet_has_a_line_for_the_author_and_one_for_the_license(tmp_path: Pat
     assert credits._below(first)[1:] == ("Ann", "CC-BY-2.0")
     assert credits._below(second) == ("0.50 a hill", "author unknown", "license unknown")
     assert credits._below(second | {"caption": ""})[0] == "0.50 1.png"
+
+
+@pytest.mark.parametrize("flag", ["--key", "--sha256"])
+def test_forget_names_samples_that_show_an_image_and_credits_say_so(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    first, second = credited(tmp_path)
+    root, name = str(tmp_path / "root"), {"--key": f"art/{second['key']}", "--sha256": second["sha256"]}[flag]
+    for more in (["--dry-run"], []):
+        assert main(["forget", flag, name, "--json", *more, "--root", root]) == 0
+        assert json.loads(capsys.readouterr().out)["samples"] == ["runs/tiny/samples/first"]
+    assert main(["forget", flag, name, "--root", root]) == 0
+    assert "to remove these: rm runs/tiny/samples/first" in capsys.readouterr().out
+    pictures = credits.list_credits("runs/tiny/samples/first", root)[0]["pictures"]
+    assert [picture.get("note") for picture in pictures] == [None, "this image was taken down"]
+    assert first["sha256"] != second["sha256"]
+    assert main(["forget", "--sha256", "0" * 64, "--json", "--root", root]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == []
