@@ -34,6 +34,11 @@ class ColumnTypes:
         """One more type of a column: bool, int64, double, string or bytes."""
         self._kinds(name).add(kind)
 
+    def merge(self, more: ColumnTypes) -> None:
+        """The columns of another part."""
+        for name, kinds in more._seen.items():
+            self._kinds(name).update(kinds)
+
     def _kinds(self, name: str) -> set[str]:
         return self._seen.setdefault(replace_surrogates(name), set())
 

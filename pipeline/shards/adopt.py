@@ -85,7 +85,7 @@ class Adopt(Stage):
         return {"tars": {"path": "", "digest": storage.digest(summaries)}}
 
     def plan(self) -> Iterator[Item]:
-        types = read_column_types(self.addresses()[0])
+        types = read_column_types(self.addresses())
         data = storage.json_bytes(types)
         name = storage.name_by_content("rows/types.json", data)
         for number, address in enumerate(self.addresses()):
@@ -122,6 +122,8 @@ class Adopt(Stage):
         parquet = scratch / "metadata.parquet"
         types = storage.read_json(storage.file_below(self.folder, item.inputs["types"]))
         table = metadata.metadata_table(metas, metadata.COLUMNS, types)
+        entries += [Entry(address.rsplit("/", 1)[-1], "column_type", detail, kept=True)
+                    for detail in metadata.changed_types(table, types, metadata.COLUMNS)]
         pq.write_table(metadata.add_image_positions(table, tars.image_positions(path)), parquet)
         return Output(good, {f"metadata/{item.id}.parquet": parquet}, entries, {"rows": len(metas)},
                       external_files=[storage.describe_file(address, path)])

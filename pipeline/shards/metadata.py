@@ -44,6 +44,13 @@ def metadata_table(metas: list[dict[str, Any]], types: dict[str, pa.DataType], k
     return pa.table(columns)
 
 
+def changed_types(table: pa.Table, known: Mapping[str, str], own: Mapping[str, pa.DataType]) -> list[str]:
+    """A text for each column, not of `own`, whose cells do not fit into the type of other shards."""
+    kinds = {name: _KINDS.get(kind, pa.string()) for name, kind in known.items() if name not in own}
+    return [f"{name}: {table.schema.field(name).type} in this shard, {kind} in others"
+            for name, kind in kinds.items() if name in table.schema.names and table.schema.field(name).type != kind]
+
+
 def add_image_positions(table: pa.Table, positions: np.ndarray) -> pa.Table:
     """Metadata with `IMAGE_COLUMNS`. `positions`: the offset and length of each sample's image, (N, 2) int64."""
     succeeded = pc.equal(table["status"], SUCCESS).to_numpy()

@@ -29,6 +29,7 @@ from pipeline.shards.metadata import (
     PATCH_COLUMNS,
     SUCCESS,
     add_image_positions,
+    changed_types,
     metadata_table,
     stored_names,
 )
@@ -196,8 +197,10 @@ class ShardPacker:
         lines = [meta if meta["status"] == SUCCESS else {name: cell for name, cell in meta.items() if name not in added}
                  for metas, _, _ in results for meta in metas]
         table = metadata_table(lines, types, self._known)
+        changed = [Entry(f"{self.shard}.tar", "column_type", detail, kept=True)
+                   for detail in changed_types(table, self._known, types)]
         pq.write_table(add_image_positions(table, tars.image_positions(self.tar)), self.parquet)
-        return [entry for _, _, entries in results for entry in entries]
+        return [entry for _, _, entries in results for entry in entries] + changed
 
     def img2dataset_stats(self) -> bytes:
         """The `_stats.json` that img2dataset writes for a shard."""

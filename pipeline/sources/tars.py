@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.media import tars
 from pipeline.media.foreign_tars import packed
+from pipeline.media.foreign_tars.index import MOST_MEMBERS
 from pipeline.media.foreign_tars.samples import TarFaults, read_foreign_tar
 from pipeline.media.sample_names import CAPTION_SUFFIXES, IMAGE_SUFFIXES
 from pipeline.rows.column_names import find_caption_columns
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 
 _BATCH = 64
 _TYPE_MEMBERS, _TYPE_BYTES = 8 * _BATCH, 64 << 20
-"""Members, and unpacked bytes, from which the types of columns are read if the tar is not on a local disk."""
+"""Members, and unpacked bytes, of a tar from which the types of columns are read."""
+_TYPE_TARS, _TYPE_THREADS = 64, 4
+"""Tars from which the types of columns are read, and how many at a time. A compressed one takes `_TYPE_BYTES`."""
 # Largest number of samples of a tar. Rows of tar 3 have the numbers from 3,000,000,000 on, so no driver counts them.
 STEP = 10**9
 _NUMBER = re.compile("-?[0-9]{1,18}")
@@ -61,7 +64,7 @@ class TarSource(Source):
 
     def column_types(self) -> dict[str, str]:
         # The URL, the caption and the key of a sample are columns of ours.
-        own = {name: kind for name, kind in read_column_types(self.addresses[0]).items()
+        own = {name: kind for name, kind in read_column_types(self.addresses).items()
                if name not in {"url", "caption", "key"}}
         return own | {"source_key": "string"}
 
@@ -103,15 +106,28 @@ class TarSource(Source):
         return [batch[number] for number in passing]
 
 
-def read_column_types(address: str) -> dict[str, str]:
-    """Types of the metadata in a tar: those of img2dataset's parquet beside it, or what its first samples have."""
+def read_column_types(addresses: Sequence[str]) -> dict[str, str]:
+    """Types of the metadata in tars, which suit the first samples of up to 64 of them, the first one included."""
+    types = _tar_types(addresses[0], MOST_MEMBERS)
+    others = addresses[1:]
+    sampled = others[::-(-len(others) // (_TYPE_TARS - 1)) or 1]
+    for more in storage.map_urls(lambda url: _tar_types(url, _TYPE_MEMBERS), sampled, threads=_TYPE_THREADS):
+        types.merge(more)
+    return types.by_column()
+
+
+def _tar_types(address: str, most_members: int) -> ColumnTypes:
+    """Types of the metadata in a tar: those of img2dataset's parquet beside it, or what its first samples have.
+
+    `most_members`: of a tar on a local disk, index so many members.
+    """
     ending = next((ending for ending in PACKED_TARS if address.endswith(ending)), ".tar")
     types, parquet_url = ColumnTypes(), f"{address.removesuffix(ending)}.parquet"
     if storage.exists(parquet_url):
         try:
             with storage.open_reader(parquet_url) as stream:
                 types.add_schema(pq.read_schema(stream))
-            return types.by_column()
+            return types
         except (pa.ArrowException, OSError):
             types = ColumnTypes()  # no parquet after all
     with storage.open_reader(address) as stream:
@@ -120,12 +136,12 @@ def read_column_types(address: str) -> dict[str, str]:
             packed.unpack_tar(stream, beginning, _TYPE_BYTES)
             samples = read_foreign_tar(beginning, TarFaults())
         elif storage.is_local(address):
-            samples = read_foreign_tar(storage.local_path(address), TarFaults())
+            samples = read_foreign_tar(storage.local_path(address), TarFaults(), most_members=most_members)
         else:
             samples = read_foreign_tar(stream, TarFaults(), most_members=_TYPE_MEMBERS)
         for sample in itertools.islice(samples, _BATCH):
             types.add_row(sample_metadata(sample, next((name for name in sample if name.endswith(".json")), "")))
-    return types.by_column()
+    return types
 
 
 def local_tar(address: str, scratch: Path) -> Path:

@@ -73,7 +73,7 @@ def _tar(path: Path) -> None:
 
 def _tar_source(path: Path) -> None:
     source = TarSource(ShardConfig(source=(str(path),)), [str(path)])
-    read_column_types(str(path))
+    read_column_types([str(path)])
     for part in source.parts():
         for row in source.rows(str(path.parent), part.inputs, path.parent, ReadReport()):
             json.dumps([row.name, row.caption, row.columns])

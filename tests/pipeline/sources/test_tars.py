@@ -11,7 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
+from pipeline.datasets.dataset import Dataset
 from pipeline.media.foreign_tars.samples import TarFaults, read_foreign_tar
+from pipeline.shards.adopt import Adopt
+from pipeline.sources.config import ShardConfig
+from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
 from tests.pipeline.shards.test_shard import ledger, table
 from tests.pipeline.sources.list_datasets import PICTURES, shard_source, stored_samples
@@ -155,3 +159,34 @@ def test_types_come_from_the_parquet_beside_or_the_first_samples(tmp_path):
         schemas = [pq.read_schema(dataset.fetch("shards", file)) for record in manifest["items"]
                    for file in record["files"] if file["name"].endswith(".parquet")]
         assert schemas[0] == schemas[1] and schemas[0].field("label").type == pa.int64()
+
+
+@pytest.mark.parametrize("adopt", [False, True])
+@pytest.mark.parametrize(("cells", "kind", "stored"), [
+    (([1], ["text"]), pa.string(), ["1", "text"]), (([None], [7]), pa.int64(), [None, 7]),
+    (([1], [0.5]), pa.float64(), [1.0, 0.5]), (([True], [1]), pa.string(), ["True", "1"]),
+    (([2**60 + 1], [None], [1.5]), pa.string(), ["1152921504606846977", None, "1.5"])])
+def test_a_column_has_one_type_that_suits_all_tars(adopt, cells, kind, stored, tmp_path):
+    for number, column in enumerate(cells):
+        write_tar(tmp_path / "in" / f"{number}.tar", flatten(*(
+            sample(f"{row}", number, a=cell) for row, cell in enumerate(column))))
+    if adopt:
+        dataset = Dataset.parse(str(tmp_path / "root"), "x")
+        manifest = run_stage(Adopt(dataset, ShardConfig(source=str(tmp_path / "in"))))
+    else:
+        dataset, manifest = shard_source(tmp_path / "root", tmp_path / "in")
+    tables = [pq.read_table(dataset.fetch("shards", file)) for record in manifest["items"]
+              for file in record["files"] if file["name"].endswith(".parquet")]
+    assert {table.schema.field("a").type for table in tables} == {kind}
+    assert [cell for table in tables for cell in table["a"].to_pylist()] == stored
+    assert not ledger(dataset, manifest)
+
+
+def test_a_shard_with_another_type_is_named(tmp_path):
+    late = flatten(*(sample(f"{number}", number % 8, a=1 if number < 64 else "text") for number in range(65)))
+    write_tar(tmp_path / "in" / "0.tar", sample("0", 0, a=1))
+    write_tar(tmp_path / "in" / "1.tar", late)
+    dataset, manifest = shard_source(tmp_path / "root", tmp_path / "in")
+    assert [row["a"] for row in table(dataset, manifest)] == [1, *["1"] * 64, "text"]
+    assert [(line["key"], line["detail"], line["kept"]) for line in ledger(dataset, manifest)
+            if line["reason"] == "column_type"] == [("000001.tar", "a: string in this shard, int64 in others", True)]
