@@ -17,6 +17,8 @@ LICENSE, NO_LICENSE = "filtered_by_license", "filtered_without_license"
 BAD_ROW = "bad_row"
 """The reason of a row that cannot be read, and so has no columns that a filter could look at."""
 
+_SIGNS_OF_URLS = ("//", ":/", "\\")
+
 
 @dataclass
 class Row:
@@ -130,8 +132,8 @@ def json_cells(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def redact_cells(cells: Mapping[str, Any]) -> dict[str, Any]:
     """Cells as they are stored: without credentials in URLs."""
-    return {name: _redact_cell(value) if isinstance(value, str) and "//" in value else value
-            for name, value in cells.items()}
+    return {name: _redact_cell(value) if isinstance(value, str) and any(sign in value for sign in _SIGNS_OF_URLS)
+            else value for name, value in cells.items()}
 
 
 def _redact_cell(text: str) -> str:
