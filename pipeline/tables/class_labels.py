@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.tables.arrow_cells import with_offsets
+from pipeline.tables.arrow_cells import is_text, with_offsets
 
 _SHOWN = 5
 """So many numbers without a name are in a remark."""
+_DIGITS = r"^-?[0-9]{1,18}(\.0+)?$"
+"""Whole numbers as text, as CSV and pandas write them."""
 
 
 def class_features(schema: pa.Schema) -> dict[str, Any]:
@@ -27,7 +31,8 @@ def class_features(schema: pa.Schema) -> dict[str, Any]:
 def name_classes(table: pa.Table, features: dict[str, Any]) -> tuple[pa.Table, dict[int, list[str]]]:
     """The table with names in place of the numbers of classes, also inside lists and structs; and remarks by row.
 
-    -1, which stands for no class, becomes null. A number without a name stays as a text of digits, with a remark.
+    Numbers may be stored as floats, decimals, texts of digits or bool. -1, which stands for no class, becomes null.
+    A number without a name stays as a text of digits, with a remark.
     """
     remarks: dict[int, list[str]] = {}
     for number, field in enumerate(table.schema):
@@ -66,9 +71,13 @@ def _field_features(feature: Any, names: Iterable[str]) -> list[Any]:
 
 
 def _unnamed_in(value: Any, feature: Any) -> Iterator[Any]:
-    """The numbers in a cell that no class has."""
+    """The numbers and texts in a cell that no class has."""
     if (names := _names(feature)) is not None:
-        if isinstance(value, int | float) and value == value and value not in {-1, *range(len(names))}:
+        number = value
+        if isinstance(value, str) and value not in names and re.match(_DIGITS, value):
+            number = int(value.partition(".")[0])
+        if isinstance(value, str | int | float | Decimal) and value == value and number not in {
+                -1, *range(len(names)), *names}:
             yield value
     elif isinstance(value, list):
         for each in value:
@@ -80,8 +89,15 @@ def _unnamed_in(value: Any, feature: Any) -> Iterator[Any]:
 
 def _name_array(array: pa.Array, feature: Any, has_unnamed: list[bool]) -> pa.Array:
     """An array with names in place of numbers. `has_unnamed` becomes [True] if a number has no name."""
+    names = _names(feature)
+    if names is not None and pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
     kind = array.type
-    if (names := _names(feature)) is not None and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+    if names is not None and is_text(kind):
+        return _name_texts(array.cast(pa.large_string()), names, has_unnamed)
+    if names is not None and pa.types.is_boolean(kind):
+        return _name_array(array.cast(pa.int8()), feature, has_unnamed)
+    if names is not None and (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
         if pa.types.is_floating(kind):  # pandas makes floats of integers beside nulls
             array = array.cast(pa.float64())
         size = array.cast(pa.float64(), safe=False)
@@ -108,3 +124,14 @@ def _name_array(array: pa.Array, feature: Any, has_unnamed: list[bool]) -> pa.Ar
             array.flatten(), _field_features(feature, names), strict=True)]
         return pa.StructArray.from_arrays(fields, names, mask=array.is_null())
     return array
+
+
+def _name_texts(array: pa.Array, names: list[str], has_unnamed: list[bool]) -> pa.Array:
+    """Names in place of texts of digits. A text that is a name itself stays, and so does any other text."""
+    is_name = pc.is_in(array, pa.array(names, pa.large_string()))
+    is_number = pc.and_(pc.match_substring_regex(array, _DIGITS), pc.invert(is_name))
+    digits = pc.if_else(is_number, pc.replace_substring_regex(array, r"\..*", ""), None)
+    named = _name_array(digits.cast(pa.int64()), {"_type": "ClassLabel", "names": names}, has_unnamed)
+    is_named = pc.and_(is_number, pc.or_(pc.is_null(named), pc.is_in(named, pa.array(names, pa.string()))))
+    has_unnamed[0] |= pc.any(pc.invert(pc.or_(is_name, is_named))).as_py() or False
+    return pc.if_else(pc.fill_null(is_named, False), named, array.cast(pa.string()))

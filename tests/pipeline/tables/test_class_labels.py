@@ -1,6 +1,7 @@
 """Names of classes in the schema's metadata of `datasets`."""
 
 import json
+from decimal import Decimal
 
 import pyarrow as pa
 import pytest
@@ -55,6 +56,29 @@ def test_numbers_that_no_class_can_have_are_texts(numbers, texts):
     table = made_table({"style": STYLES}, {"style": numbers})
     named, remarks = name_classes(table, class_features(table.schema))
     assert named["style"].to_pylist() == texts and list(remarks) == [0]
+
+
+@pytest.mark.parametrize(("numbers", "texts"), [
+    (pa.array(["1", "0", "-1", None]), ["Cubism", "Baroque", None, None]),
+    (pa.array(["1.0", "Cubism", "Baroque"], pa.large_string()), ["Cubism", "Cubism", "Baroque"]),
+    (pa.array(["1", "0", "1"]).dictionary_encode(), ["Cubism", "Baroque", "Cubism"]),
+    (pa.array([True, False, None]), ["Cubism", "Baroque", None]),
+    (pa.array([Decimal("1.00"), Decimal("0"), None]), ["Cubism", "Baroque", None])])
+def test_numbers_of_classes_that_are_stored_as_other_types_get_their_names(numbers, texts):
+    table = made_table({"style": STYLES}, {"style": numbers})
+    named, remarks = name_classes(table, class_features(table.schema))
+    assert named["style"].to_pylist() == texts and not remarks
+
+
+@pytest.mark.parametrize(("numbers", "texts", "unnamed"), [
+    (pa.array(["1", "7", None]), ["Cubism", "7", None], "7"), (pa.array(["0", "Dada"]), ["Baroque", "Dada"], "Dada"),
+    (pa.array(["1", "007"]), ["Cubism", "007"], "007"),
+    (pa.array([Decimal("1.00"), Decimal("1.50")]), ["Cubism", "1.50"], "1.50")])
+def test_texts_and_decimals_that_no_class_has_are_named(numbers, texts, unnamed):
+    table = made_table({"style": STYLES}, {"style": numbers})
+    named, remarks = name_classes(table, class_features(table.schema))
+    assert named["style"].to_pylist() == texts
+    assert remarks == {1: [f"cell_changed: style: no name for the class {unnamed}"]}
 
 
 def test_classes_in_lists_of_one_length_and_as_floats_get_their_names():
