@@ -40,6 +40,7 @@ class Neighbors(Stage):
     """The stage from a dataset and a database to neighbors/<database>: ids and scores, (N_i, k)."""
 
     name = "neighbors"
+    growing_inputs = frozenset({"forgotten"})  # batches leave out what was forgotten later
     record_info: ClassVar[dict[str, Any]] = {"scores": [int], "missing": int, "checked?": int, "agreed?": int}
 
     def __init__(self, dataset: Dataset, database: Dataset, config: NeighborsConfig) -> None:

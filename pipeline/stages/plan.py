@@ -37,8 +37,9 @@ def claim_folder(stage: Stage) -> tuple[Sequence[Item], bool]:
         joined = not _create_plan(stage, inputs, listed)
     stamp, plan = storage.stamp(url), storage.read_json(url)
     check_plan(plan, url)
-    later = stage.optional_inputs - plan["inputs"].keys()
+    later = (stage.optional_inputs | stage.growing_inputs) - plan["inputs"].keys()
     inputs = {name: described for name, described in inputs.items() if name not in later}
+    inputs |= {name: plan["inputs"][name] for name in stage.growing_inputs & inputs.keys()}
     if plan["fingerprint"] != fingerprint(stage, inputs):
         raise ValueError(_disagreement(stage, plan, inputs))
     stage.claim = Claim(plan["fingerprint"], plan["inputs"], stamp)

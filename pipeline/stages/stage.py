@@ -32,6 +32,7 @@ class Stage(ABC):
     record_info: ClassVar[dict[str, Any]] = {}  # shape of what `finish` needs of each record's `info` (documents.py)
     by_choice: ClassVar[frozenset[str]] = frozenset()  # reasons that settings ask for: no failures
     optional_inputs: ClassVar[frozenset[str]] = frozenset()  # a plan from before they were sealed stays valid
+    growing_inputs: ClassVar[frozenset[str]] = frozenset()  # a plan stays valid when they grow, as readers apply them
     decodes: ClassVar[bool] = False  # whether other nodes can decode images for it
     decode: "DecoderPool | None" = None  # the decoders on other nodes, in a worker that has some
 

@@ -38,15 +38,20 @@ def place(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> tup
 
 
 def test_the_same_pipeline_continues_after_other_verbs(place: tuple[Run, Run, Path],
-                                                       caplog: pytest.LogCaptureFixture) -> None:
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     run, pipeline, root = place
     assert run("shard", "a", "--source", str(root.parent / "none")) == 2  # a failure claims nothing
     assert pipeline("--train.lr", "1e30") == 1  # the loss is not finite
     assert pipeline() == 0
     sealed = storage.read_json(str(root / "runs/r/manifest.json"))
-    for words in (["embed", "a", "--captions"], ["ls", "a"], ["report"]):
-        assert run(*words) == 0 if words[0] == "embed" else main([*words, "--root", str(root)]) == 0
-        assert pipeline() == 0
+    (root.parent / "again_head.py").write_text("def score(shard):\n    return shard.vectors[:, 0]\n")
+    monkeypatch.syspath_prepend(root.parent)
+    local = ["--root", str(root), "--local"]
+    for words in (["embed", "a", "--captions", *local], ["score", "a", "--head", "first=again_head:score", *local],
+                  ["ls", "a", *local[:2]], ["report", *local[:2]],
+                  *(["forget", "--key", f"a/000000000{number}", *local[:2]] for number in range(2))):
+        assert main(words) == 0
+        assert pipeline() == 0, words
     assert storage.read_json(str(root / "runs/r/manifest.json")) == sealed
 
 

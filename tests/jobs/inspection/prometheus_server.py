@@ -93,7 +93,7 @@ def answers(address: str) -> bool:
         return False
 
 
-def wait_until(condition: Any, message: str, process: "subprocess.Popen[bytes] | None" = None,
+def wait_until(condition: Any, message: str, process: "subprocess.Popen[Any] | None" = None,
                seconds: float = 60.0) -> Any:
     """Wait until `condition` returns something true, and return that."""
     end = time.monotonic() + seconds
