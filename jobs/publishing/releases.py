@@ -162,6 +162,12 @@ def _choose_version(current: Published) -> str:
     if not version and faults:
         raise DamagedFile(f"no earlier version of {current.name} is whole: {'; '.join(faults.values())}\n"
                           f"hint: {find_way_back(current)}")
+    published = {document["version"] for document in current.history()} - list_publications(current).keys()
+    other_keys = [version for version in current.versions() if version in published]
+    if not version and other_keys:
+        raise ValueError(f"no accepted key has signed {', '.join(other_keys)} of {current.name}, and there is no other "
+                         f"version before {current.version}\n"
+                         f"hint: RDM_RELEASE_KEY may name a file with several public keys")
     if not version:
         raise ValueError(f"there is no version of {current.name} before {current.version} any more\n"
                          f"hint: python -m jobs versions {current.name}")

@@ -129,6 +129,16 @@ def test_rollback_goes_to_signed_versions_only(signed: Path, keys: Path) -> None
         rollback(root, NAME, "", keys=publisher)
 
 
+def test_rollback_after_a_change_of_keys_names_the_versions_with_the_old_key(
+        signed: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, texts = str(signed / "root"), [(keys / f"{name}.pub.pem").read_text() for name in ("publisher", "other")]
+    monkeypatch.setenv(RELEASE_KEY, "".join(texts))
+    repair(root, NAME, keys=signatures.publishing_keys(str(keys / "other.pem")))
+    monkeypatch.setenv(RELEASE_KEY, texts[1])
+    with pytest.raises(ValueError, match="no accepted key has signed v1 of drawn"):
+        rollback(root, NAME, "", keys=signatures.publishing_keys(str(keys / "other.pem")))
+
+
 def test_a_signed_rebuild_reuses_no_unsigned_version(signed: Path, keys: Path) -> None:
     document = json.loads(pointer(signed).read_bytes())
     del document["signature"]
