@@ -156,10 +156,12 @@ def make_row(number: int, read: TableRow, columns: Columns) -> Row:
     cell = cell_at(cells, columns.image)
     caption_cell = cell_at(cells, columns.caption) if columns.caption else None  # pandas writes a column named ""
     added = {name: cell_text(cell_at(cells, path)) or None for name, path in columns.added if name not in cells}
+    # Objects of JSON may lack the column.
+    is_expected = columns.caption_expected or (bool(columns.caption) and columns.caption not in cells)
     for name in columns.not_stored:
         cells.pop(name, None)
     caption = cell_text(caption_cell)
-    if columns.caption_missing or (columns.caption_expected and not caption.strip()):
+    if columns.caption_missing or (is_expected and not caption.strip()):
         remarks.append("caption_missing")
     digest, unreadable = _parse_digest(cells.get(columns.digest)) if columns.digest else ("", [])
     row = Row(number, "", caption, json_cells(cells | added), digest, [*remarks, *unreadable])

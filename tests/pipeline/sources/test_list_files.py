@@ -243,6 +243,16 @@ def test_captions_and_hashes_may_begin_after_many_rows(tmp_path, name):
     assert sum(part.inputs["count"] for part in open_source(wanted).parts()) == 1
 
 
+@pytest.mark.parametrize("captioned", [range(1050, 1100), range(1024), range(5, 1100, 2)])
+def test_objects_without_the_caption_are_noted_in_all_rows(tmp_path, captioned):
+    rows = [{"url": f"http://h/{number}.png"} | ({"caption": f"c{number}"} if number in captioned else {})
+            for number in range(1100)]
+    source = open_source(ShardConfig(source=(str(write_list(tmp_path / "a.jsonl", rows)),)))
+    read = [row for part in source.parts() for row in rows_of(source, part, tmp_path / "stage")]
+    assert [row.caption for row in read] == [row.get("caption", "") for row in rows]
+    assert [number for number, row in enumerate(read) if row.remarks != ["caption_missing"]] == [*captioned]
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_unknown_paths_are_refused_and_rows_without_captions_noted(tmp_path, kind):
     rows = [{"url": f"http://h/{number}.png", "meta": {"title": f"t{number}" if number else None}, "n": "x"}
