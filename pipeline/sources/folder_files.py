@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from pipeline.media.sample_names import system_folder
@@ -51,13 +52,15 @@ def sort_files(listed: Iterable[tuple[str, int | None]]) -> FolderFiles:
     folders = {name.rpartition("/")[0] for name in files.images}
     texts: list[dict[str, str]] = [{} for _ in TEXT_SUFFIXES]
     tables: dict[str, list[str]] = {}
-    for name in sorted(others):
-        stem, suffix = stem_of(name), name[len(stem_of(name)):].lower()
+    spellings = _Spellings(stems | files.images.keys())
+    # A text with the very name of an image comes before one whose accents are spelled otherwise.
+    for name in sorted(others, key=lambda name: (spellings.of_image(stem_of(name)) != stem_of(name), name)):
+        stem, suffix = spellings.of_image(stem_of(name)), name[len(stem_of(name)):].lower()
         folder, _, base = name.rpartition("/")
-        if suffix in TEXT_SUFFIXES and stem in stems:
-            texts[TEXT_SUFFIXES.index(suffix)].setdefault(stem, name)
-        elif suffix == ".json" and (stem in stems or stem in files.images):
-            files.documents.setdefault(stem, name)
+        beside = (texts[TEXT_SUFFIXES.index(suffix)] if suffix in TEXT_SUFFIXES and stem in stems else
+                  files.documents if suffix == ".json" and (stem in stems or stem in files.images) else None)
+        if beside is not None and stem not in beside:
+            beside[stem] = name
         elif base in METADATA_FILES or (base in CAPTION_FILES and not folder):
             tables.setdefault(folder, []).append(name)
         elif suffix == ".parquet" and stem in folders:
@@ -72,6 +75,22 @@ def sort_files(listed: Iterable[tuple[str, int | None]]) -> FolderFiles:
         files.tables.append(by_rank[0])
         files.ignored.update(suffix_of(name) for name in by_rank[1:])
     return files
+
+
+class _Spellings:
+    """Names of images, to find the one that is equal but for the spelling of its accents."""
+
+    def __init__(self, names: AbstractSet[str]) -> None:
+        self._names = names
+        self._by_usual: dict[str, str | None] = {}
+        for name in names:
+            if not name.isascii():
+                usual = usual_accents(name)
+                self._by_usual[usual] = None if usual in self._by_usual else name
+
+    def of_image(self, name: str) -> str:
+        """The name as its image has it; the name itself if no image has it, or if two do in different spellings."""
+        return name if name in self._names else self._by_usual.get(usual_accents(name)) or name
 
 
 _TABLE_RANK = {name: rank for rank, name in enumerate((*CAPTION_FILES, *METADATA_FILES))}

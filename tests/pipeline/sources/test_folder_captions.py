@@ -2,6 +2,7 @@
 
 import json
 import logging
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,21 @@ def test_metadata_may_be_at_the_top_or_in_each_split(tmp_path, kind):
     assert captions(splits) == {"images/d.png": "beside", "test/a.png": "test a", "train/a.png": "train a",
                                 "train/deep/b.png": "train b", "train/absent.png": "gone"}
     assert captions(splits, only_captioned=True, caption_column="text").keys() == captions(splits).keys()
+
+
+def test_files_beside_images_may_spell_accents_in_another_way(tmp_path):
+    composed, apart = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    source = write_images(tmp_path / "source", f"{apart}.png", f"1/{composed}.png", f"2/{apart}.png",
+                          f"2/{composed}.png", f"3/{composed}.png", f"4/{apart}.jpg")
+    for name, text in ((composed, "zero"), (f"1/{apart}", "one"), (f"2/{apart}", "two apart"),
+                       (f"2/{composed}", "two composed"), (f"3/{apart}", "other"), (f"3/{composed}", "three")):
+        (source / f"{name}.txt").write_text(text)
+    (source / "4" / f"{composed}.jpg.json").write_text('{"caption": "four"}')
+    dataset, manifest = shard_source(tmp_path / "x", source)
+    assert {row["url"]: row["caption"] for row in table(dataset, manifest)} == {
+        f"{apart}.png": "zero", f"1/{composed}.png": "one", f"2/{apart}.png": "two apart",
+        f"2/{composed}.png": "two composed", f"3/{composed}.png": "three", f"4/{apart}.jpg": "four"}
+    assert manifest["info"]["ignored_files"] == {".txt": 1}
 
 
 @pytest.mark.parametrize("column", ["text", "Caption", " caption ", "txt", "PROMPT", "Title", "Alt Text", "alt-text"])
