@@ -100,7 +100,8 @@ def render(existing: str) -> str:
     lines = [
         "# Licenses of the dependencies", "",
         "`make licenses` writes this table from the metadata of the packages. A test says when it is stale.",
-        "BSD without a number is what the metadata says. The project has the Apache License 2.0 (`LICENSE`).",
+        "If the metadata of a package says BSD without a number, so does the table.",
+        "The project has the Apache License 2.0 (`LICENSE`).",
         "The image contains the packages of requirements.lock and those for GPUs. Tools of `infra/tools/`",
         "are not listed: they are not shipped.", "",
         "| license | packages |", "|---|---|",

@@ -164,8 +164,8 @@ class SampleOptions:
                           "sample emoji_32 --image apple.jpg --database noto:3+openmoji:1 --seed 7")
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=(
-        "Name of the run. Without --prompt, --prompts, --image and --unconditional, this is the first prompt. The run "
-        "is then the newest one with the encoder of the database, or else the bundled model."))]
+        "Name of the run, if --prompt, --prompts, --image or --unconditional is given. Otherwise all words are "
+        "prompts, and the run is the newest one with the encoder of the database, or else the bundled model."))]
     sample: Flat[SampleConfig]
     embed: Unflagged[EmbedConfig]
     cluster: Flat[ClusterConfig]

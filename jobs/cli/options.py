@@ -49,8 +49,8 @@ class StageOptions:
     overwrite: bool = False
     """Empty the folder of this stage first, with everything below it (the samples of a run)."""
     tracker: tyro.conf.UseAppendAction[tuple[Literal["auto", "none", "wandb", "tensorboard", "mlflow"], ...]] = ()
-    """Report to a tracker. May be repeated. Default: auto, which is wandb: always for training (offline without
-    WANDB_API_KEY), with a key also for other stages."""
+    """Report to a tracker. May be repeated. auto (default): wandb for training, and for other stages only if
+    WANDB_API_KEY is set. Without this key wandb works offline."""
     json: bool = False
     """Print the result as JSON. This is the default without a terminal."""
 

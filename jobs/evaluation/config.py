@@ -24,9 +24,9 @@ class EvaluateConfig:
     ways: tuple[str, ...] = ()
     """Ways to name the style: database, prompt, both, text (a prompt without neighbors), neither. Default: all."""
     sweep_k: tuple[Annotated[int, Ge(1)], ...] = (1, 2, 4, 8, 16)
-    """Numbers of neighbors to measure with swapped databases."""
+    """Numbers of neighbors to measure, with the style from the database alone."""
     sweep_guidance: tuple[Annotated[float, Interval(gt=-inf, lt=inf)], ...] = (1.0, 2.0, 4.0)
-    """Guidance scales to measure with swapped databases."""
+    """Guidance scales to measure, with the style from the database alone."""
     sweep_prompts: Annotated[int, Ge(1)] = 100
     """Prompts of each of these measurements."""
     seen: bool = False

@@ -23,7 +23,8 @@ class PlanConfig:
     workers: Annotated[int, Ge(0)] = 0
     """Workers without a GPU. Default: the recipe's."""
     gpus: Annotated[int, Ge(0)] = 0
-    """Workers with one GPU each, for stages with rates of GPUs. Default: the number of --workers."""
+    """Workers with one GPU each. They run the stages whose rates were measured on a GPU. Default: the number of
+    --workers."""
     memory: str = "16Gi"
     """Memory of a worker for a database that is compared row by row."""
     epochs: Annotated[float, Interval(ge=0, lt=inf)] = 0.0

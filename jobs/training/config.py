@@ -39,7 +39,7 @@ class ConvertConfig:
     """Length of the context vectors in training. The 256 pixel models used CLIP vectors without normalization: about
     10 for images of ViT-B/32."""
     k: Annotated[int, Ge(1)] = 4
-    """Neighbors of an image in its training."""
+    """Number of neighbors of each image in the training of the checkpoint."""
 
     def __post_init__(self) -> None:
         check_bounds("convert", self)

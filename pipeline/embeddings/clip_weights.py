@@ -32,8 +32,8 @@ class ClipConfig:
     model: str = "tiny-clip-64"
     """Name of an open_clip model, hf-hub:ORGANISATION/NAME, or local-dir:FOLDER (with open_clip_config.json)."""
     pretrained: str = "bundled"
-    """A pretrained tag of open_clip, or a local file of weights. `bundled`: the weights that belong to the model, which
-    the tiny CLIP, models of a hub and folders have. `random`: random weights, for measurements of speed."""
+    """A pretrained tag of open_clip, or a local file of weights. `bundled`: the weights that come with the tiny CLIP, a
+    model of a hub or a folder. `random`: random weights, for measurements of speed."""
     precision: Precision = "auto"
     """auto: bf16 on a GPU, and on a CPU that multiplies in bf16; fp32 elsewhere."""
 

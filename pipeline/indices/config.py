@@ -31,8 +31,8 @@ class IndexConfig:
     queries: Annotated[int, Ge(0)] = 1000
     """Rows kept out of training as queries for the recall, a tenth of all at most."""
     target_recall: Annotated[float, Interval(ge=0, le=1)] = 0.95
-    """The search effort (nprobe, efSearch) is the smallest with this recall@10. It is smaller if four times the effort
-    gains less than 0.01."""
+    """Use the smallest search effort (nprobe, efSearch) that reaches this recall@10. Use less effort if
+    four times as much gains less than 0.01."""
     min_recall: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """An index with less recall@10 is not sealed."""
     train_points: Annotated[int, Ge(1)] = 1_000_000

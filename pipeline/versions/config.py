@@ -30,7 +30,7 @@ class GatesConfig:
     queries: str = ""
     """Text file with a query on each line. Default: captions of the first published version, always the same ones."""
     query_count: Annotated[int, Ge(0)] = 64
-    """Number of captions that are queries, without a file."""
+    """Number of captions that become queries if no file is given."""
 
     def __post_init__(self) -> None:
         check_bounds("rebuild.gates", self)

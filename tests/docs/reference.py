@@ -35,7 +35,7 @@ A flag of yes or no has a second form: `--no-local` undoes `--local`.
 
 ## Flags that verbs share
 
-A verb has the flags of this table that its section names.
+At its end, the section of a verb names the flags of this table that the verb has.
 """
 _SETTINGS_HEAD = """# Settings
 
@@ -157,8 +157,8 @@ def verbs_page() -> str:
             if own:
                 lines += _table(own, "argument or flag")
             lines += _settings_of_verb([flag for flag in flags if flag.section.partition(".")[0] in known])
-            lines += ["Shared flags: " + ", ".join(f"`{flag.name}`" for flag in flags
-                                                   if flag.section in _SHARED) + ".", ""]
+            names = ", ".join(f"`{flag.name}`" for flag in flags if flag.section in _SHARED)
+            lines += [f"Shared flags: {names or 'none'}.", ""]
     return _GENERATED + "\n".join(lines)
 
 
