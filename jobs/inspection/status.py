@@ -83,7 +83,7 @@ def status_table(root: str, states: list[dict[str, Any]]) -> str:
         return f"nothing here yet: {storage.redact_credentials(root)} has no datasets and no runs"
     return tables.render([[state["path"], state["state"], "; ".join(filter(None, (
         "published" if state.get("published") else "", describe_failed_gates(state.get("failed_gates", ())),
-        _detail(state))))] for state in states])
+        _detail(state))))] for state in states], whole={0})
 
 
 def read_published(root: str) -> dict[str, dict[str, Any]]:

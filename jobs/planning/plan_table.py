@@ -40,7 +40,8 @@ def make_plan(plan: PlanConfig, settings: Settings, used: Rates) -> str:
                            "rates": rates.document(used)}, indent=1)
     rows = _totals(costed_builds, prices) if plan.totals else _stages(costed_builds, prices)
     right = [column for column, name in enumerate(rows[0]) if name.startswith("#")]
-    shown = tables.render(rows[1:], head=[name.lstrip("#") for name in rows[0]], right=right, markdown=True)
+    shown = tables.render(rows[1:], head=[name.lstrip("#") for name in rows[0]], right=right, markdown=True,
+                          whole={0})
     return f"{shown}\n\n{notes(costed_builds[0][0], used, prices)}"
 
 

@@ -37,11 +37,11 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def run_on_terminal(commands: list[list[str]], term: str = "dumb") -> str:
+def run_on_terminal(commands: list[list[str]], term: str = "dumb", columns: int = 400, **environment: str) -> str:
     """The output of these commands on a pseudo terminal, stdout and stderr together."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", _VERBS, json.dumps(commands)], stdout=theirs, stderr=theirs,
-                               env=os.environ | {"TERM": term, "COLUMNS": "400"})
+                               env=os.environ | {"TERM": term, "COLUMNS": str(columns)} | environment)
     os.close(theirs)
     raw = b""
     while True:
@@ -57,12 +57,12 @@ def run_on_terminal(commands: list[list[str]], term: str = "dumb") -> str:
     return raw.decode().replace("\r\n", "\n")
 
 
-def check_verbs(commands: list[list[str]]) -> dict[str, str]:
+def check_verbs(commands: list[list[str]], columns: int = 400) -> dict[str, str]:
     """Run commands on a terminal. Returns what each printed by its first two words.
 
     No command may print a control character or a traceback, or end with another code than 0, 1 or 2.
     """
-    parts = run_on_terminal(commands).split("VERB ")[1:]
+    parts = re.split(r"^VERB (?=')", run_on_terminal(commands, columns=columns), flags=re.MULTILINE)[1:]
     assert len(parts) == len(commands)
     for words, part in zip(commands, parts, strict=True):
         assert not RAW.search(part), (words, part)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from prometheus_client import CollectorRegistry, generate_latest
 
+from jobs.cli.parse import VERBS
 from jobs.inspection.prometheus import RootMetrics
 from model.weights import compvis, first_stage
 from tests.laws.terminal import HOSTILE, RAW, SHOWN, check_verbs
@@ -74,7 +75,8 @@ def _commands(place: Path) -> list[list[str]]:
         ["credits", str(place / "root/runs/run/samples/texts/samples.json")],
         ["show", f"5\n{HOSTILE}flat.png", "--dataset", "flat"], ["ls"], ["ls", "flat"],
         ["init", "style", str(place / f"{HOSTILE}.toml")], ["rm", "runs/run/samples/rows", "--yes"],
-        ["versions", "built"], ["verify"], ["status"], ["report"]]
+        ["versions", "built"], ["repair", "built"], ["gc", "built"], ["verify"], ["status"], ["report"],
+        ["plan"], ["recipes"], ["demo", "--drawn", "--dry-run"], ["submit", "--dry-run", "embed", "flat"]]
     return commands
 
 
@@ -91,7 +93,9 @@ def _refused(place: Path) -> list[list[str]]:
             ["shard", "w", "--source", str(place / "flat"), "--where", HOSTILE], ["rollback", "built", "--to", HOSTILE],
             ["forget", "--domain", HOSTILE], ["show", HOSTILE], ["ls", HOSTILE],
             ["rm", HOSTILE, "--yes"], ["rm", "flat", "--yes"], ["init", "demo", f"/none/{HOSTILE}"],
-            ["credits", HOSTILE], [HOSTILE]]
+            ["score", "flat", "--head", HOSTILE], ["score", "flat", "--head", f"{HOSTILE}={HOSTILE}"],
+            *([verb, "--config", HOSTILE] for verb in ("demo", "plan", "search", "recipes", "doctor")),
+            ["submit", HOSTILE], ["submit", "--dry-run", "embed", HOSTILE], ["credits", HOSTILE], [HOSTILE]]
 
 
 def _with_root(commands: list[list[str]], root: str) -> list[list[str]]:
@@ -103,6 +107,8 @@ def test_verbs_print_no_control_characters_of_others(place: Path) -> None:
     root = str(place / "root")
     shown = check_verbs(_with_root(_commands(place), root))
     assert not {verb: said for verb, said in shown.items() if "EXIT 0" not in said}
+    tried = {words[0] for words in [*_commands(place), *_refused(place)]}
+    assert tried - {HOSTILE} == VERBS.keys()
     refused = check_verbs(_with_root(_refused(place), root))
     assert not [words for words, said in refused.items() if "EXIT 0" in said]
     assert not RAW.search((place / "root/report.html").read_text())
