@@ -22,6 +22,7 @@ from pipeline.rows.rows import json_cells
 from pipeline.sources.folder_files import METADATA_FILES, stem_of, usual_accents
 from pipeline.tables.arrow_cells import is_nested, table_rows, text_columns
 from pipeline.tables.cells import TableRow, cell_text
+from pipeline.tables.delimited import check_delimiter
 from pipeline.tables.names import is_parquet, table_kind
 from pipeline.tables.text_tables import read_header, read_rows
 
@@ -97,6 +98,7 @@ def read_captions(address: str, caption_column: str) -> list[TableRow]:
         _log.warning("%s is not used: no column names the images; it has %s", address, ", ".join(header))
         return []
     if file_column is None or (caption is None and (caption_column or not is_metadata)):
+        check_delimiter(header, address)
         raise ValueError(f"{address} has the columns {', '.join(header)}; wanted are one of {', '.join(FILE_COLUMNS)} "
                          f"and one of {caption_column or ', '.join(CAPTION_COLUMNS)}\n"
                          f"hint: --caption-column NAME")

@@ -57,10 +57,10 @@ def sort_files(listed: Iterable[tuple[str, int | None]]) -> FolderFiles:
     for name in sorted(others, key=lambda name: (spellings.of_image(stem_of(name)) != stem_of(name), name)):
         stem, suffix = spellings.of_image(stem_of(name)), name[len(stem_of(name)):].lower()
         folder, _, base = name.rpartition("/")
-        beside = (texts[TEXT_SUFFIXES.index(suffix)] if suffix in TEXT_SUFFIXES and stem in stems else
-                  files.documents if suffix == ".json" and (stem in stems or stem in files.images) else None)
-        if beside is not None and stem not in beside:
-            beside[stem] = name
+        companions = (texts[TEXT_SUFFIXES.index(suffix)] if suffix in TEXT_SUFFIXES and stem in stems else
+                      files.documents if suffix == ".json" and (stem in stems or stem in files.images) else None)
+        if companions is not None and stem not in companions:
+            companions[stem] = name
         elif base in METADATA_FILES or (base in CAPTION_FILES and not folder):
             tables.setdefault(folder, []).append(name)
         elif suffix == ".parquet" and stem in folders:

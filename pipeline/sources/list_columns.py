@@ -20,6 +20,7 @@ from pipeline.rows.column_names import find_caption_columns, find_columns, is_mo
 from pipeline.rows.rows import BAD_ROW, Row, json_cells
 from pipeline.tables.arrow_cells import is_nested, is_text, storage_type, stored_columns
 from pipeline.tables.cells import TableRow, cell_text
+from pipeline.tables.delimited import check_delimiter
 from pipeline.tables.image_cells import can_hold_images, is_data_url, read_data_url, read_image_cell
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def choose_columns(schema: pa.Schema, address: str, config: ShardConfig, first: 
     # Images in the file need no download.
     url = config.url_column or ("" if image else _choose_url(layout, types, text_kinds))
     if not (url or image):
+        check_delimiter(names, address)
         raise ValueError(_no_image_column(names, address, layout))
     if not url and not (can_hold_images(types[image]) or is_text(storage_type(types[image]))):
         raise ValueError(f"{address}: the column {image} holds {types[image]}, not bytes of images")

@@ -23,9 +23,10 @@ from pipeline.rows.rows import Part, ReadReport, Row, read_rows, write_rows
 from pipeline.sources.list_columns import IMAGE_COLUMNS, URL_COLUMNS, Columns, make_row, text_candidates
 from pipeline.sources.lists import ListSource
 from pipeline.tables.cells import TableRow, cell_text
+from pipeline.tables.delimited import check_delimiter
 from pipeline.tables.image_cells import text_kind
 from pipeline.tables.names import table_kind
-from pipeline.tables.text_tables import read_first_cells
+from pipeline.tables.text_tables import read_first_cells, read_header
 from pipeline.tables.text_tables import read_rows as read_table
 
 if TYPE_CHECKING:
@@ -191,6 +192,8 @@ class TextLists(ListSource):
 def _check_batch(batch: Sequence[TableRow], address: str) -> None:
     """Refuse a file whose first rows are no rows, or whose lines are no URLs."""
     if all(row.problem for row in batch):
+        if table_kind(address) in {"csv", "tsv"}:
+            check_delimiter(read_header(address), address)
         raise ValueError(f"{address}: none of the first {len(batch)} rows can be read, {batch[0].place}: "
                          f"{batch[0].problem}\n"
                          f"hint: a .csv has commas, a .tsv has tabs, a .jsonl has an object in each line")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import csv
 import re
+import shlex
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.tables.cells import TableRow, unique_names
+from pipeline.tables.names import COMPRESSIONS, table_kind
 
 _LONGEST = 1 << 26  # characters of a cell
 _MOST_LINES = 1000  # of a quoted cell: a quote that is never closed costs no more than these
@@ -20,6 +22,7 @@ _MOST_HEADER_LINES = 5
 _ADDRESS = re.compile(r"\s*([a-z][a-z0-9+.-]*://.+|.+\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|jxl))\s*", re.I)
 _NUMBER = re.compile(r"\s*[\d.-]*\d[\d.-]*\s*")
 _WORD, _WORD_WITH_DIGIT = re.compile(r"\s*\S+\s*"), re.compile(r"\s*\S*\d\S*\s*")
+_SEPARATOR = re.compile(r'"?sep=([^\w\s"]|\t)"?\s*', re.I)
 csv.field_size_limit(_LONGEST)  # one limit for the process; the usual one, 131,072, is too small for captions
 
 
@@ -70,13 +73,20 @@ class _Lines:
 def read_delimited(lines: Iterator[str], file: str, delimiter: str, names: Sequence[str] = ()) -> Iterator[TableRow]:
     """The rows of a CSV (`,`) or a TSV (a tab, without quoting); `names`: the columns of a file without a header.
 
+    A CSV may name another delimiter in a first line such as `sep=;`.
+
     A TSV whose header is quoted is read with quotes, like a CSV.
     """
     numbered = _Lines(repair_lines(lines))
     remarks: list[str] = []
     quoted, header = delimiter == ",", ""
+    if quoted and (first := next(numbered, "")):
+        if separator := named_delimiter(first):
+            delimiter = separator
+        else:
+            numbered.put_back([first])
     if not names:
-        header = next((line for line in numbered if line.strip(" \r\n")), "")
+        header = next((line for line in numbered if line.strip(" \r\n")), "").removeprefix("\ufeff")
         if not header:
             return
         quoted = quoted or header.startswith('"')
@@ -98,6 +108,31 @@ def read_delimited(lines: Iterator[str], file: str, delimiter: str, names: Seque
             yield row
         if remarks:
             remarks = []
+
+
+def named_delimiter(line: str) -> str:
+    """The delimiter that a first line such as `sep=;` names, as Excel writes it; "" for other lines."""
+    found = _SEPARATOR.fullmatch(line)
+    return found[1] if found else ""
+
+
+def check_delimiter(names: Sequence[str], address: str) -> None:
+    """ValueError if the only name in the header of a CSV or TSV holds another delimiter."""
+    kind, file = table_kind(address), address.rpartition("/")[2]
+    others = {"csv": "\t;|", "tsv": ",;|"}.get(kind, "")
+    delimiter = next((each for each in others if each in names[0]), "") if len(names) == 1 else ""
+    if not delimiter:
+        return
+    if delimiter in ",\t":
+        suffix = ".csv" if delimiter == "," else ".tsv"
+        raise ValueError(f"{address}: the header has {delimiter!r}, which a {suffix} has\n"
+                         f"hint: end its name in {suffix}")
+    if kind == "tsv" or address.lower().endswith(COMPRESSIONS):
+        raise ValueError(f"{address}: the header has {delimiter!r}, and not the delimiter of a {kind}\n"
+                         f"hint: write a .csv that is not compressed, with the first line sep={delimiter}")
+    target = shlex.quote(f"sep_{file}")
+    raise ValueError(f"{address}: the header has {delimiter!r} and no comma\n"
+                     f"hint: (echo 'sep={delimiter}'; cat {shlex.quote(file)}) > {target}")
 
 
 _REPAIRED = "repaired"

@@ -11,7 +11,7 @@ from typing import IO, cast
 from pipeline import storage
 from pipeline.formats import decompression
 from pipeline.tables.cells import JsonDecoder, TableRow
-from pipeline.tables.delimited import RepairedLine, encoding_remarks, read_delimited, repair_lines
+from pipeline.tables.delimited import RepairedLine, encoding_remarks, named_delimiter, read_delimited, repair_lines
 from pipeline.tables.json_tables import read_json_document, read_json_lines
 from pipeline.tables.names import table_kind
 
@@ -44,7 +44,12 @@ def read_header(address: str) -> list[str]:
     """The column names of a CSV or TSV, [] if it is empty."""
     with storage.open_reader(address) as stream:
         text = io.TextIOWrapper(_decompress(stream, address), "utf-8-sig", "replace", newline="")
-        return next(csv.reader(text, delimiter="," if table_kind(address) == "csv" else "\t"), [])
+        is_csv = table_kind(address) == "csv"
+        first = text.readline()
+        delimiter = named_delimiter(first) if is_csv else ""
+        lines = text if delimiter else itertools.chain([first], text)
+        header = next(csv.reader(lines, delimiter=delimiter or ("," if is_csv else "\t")), [])
+        return [name.removeprefix("\ufeff") for name in header]
 
 
 def read_first_cells(address: str) -> list[str]:

@@ -3,6 +3,7 @@
 import base64
 import bz2
 import json
+import subprocess
 
 import numpy as np
 import pyarrow as pa
@@ -251,6 +252,16 @@ def test_objects_without_the_caption_are_noted_in_all_rows(tmp_path, captioned):
     read = [row for part in source.parts() for row in rows_of(source, part, tmp_path / "stage")]
     assert [row.caption for row in read] == [row.get("caption", "") for row in rows]
     assert [number for number, row in enumerate(read) if row.remarks != ["caption_missing"]] == [*captioned]
+
+
+@pytest.mark.parametrize("caption", ["b", "b, with, commas"])
+def test_the_command_for_lists_with_semicolons_works(tmp_path, caption):
+    (tmp_path / "a.csv").write_text(f"url;caption\nhttp://h/a.png;{caption}\n")
+    with pytest.raises(ValueError, match="echo") as error:
+        open_path(tmp_path / "a.csv")
+    subprocess.run(str(error.value).partition("hint: ")[2], shell=True, cwd=tmp_path, check=True)
+    source = open_source(ShardConfig(source=(str(tmp_path / "sep_a.csv"),)))
+    assert [row.caption for part in source.parts() for row in rows_of(source, part, tmp_path / "stage")] == [caption]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from pipeline.tables.text_tables import read_rows
+from pipeline.tables.delimited import check_delimiter
+from pipeline.tables.text_tables import read_header, read_rows
 
 
 def read(tmp_path, name, data, columns=()):
@@ -178,6 +179,32 @@ def test_captions_in_two_lines_are_one_cell(tmp_path):
     csv.writer(text).writerows([["caption", "file"], *rows])
     good, problems, _ = read(tmp_path, "a.csv", text.getvalue())
     assert [list(row.values()) for row in good] == rows and not problems
+
+
+@pytest.mark.parametrize("first", ["sep=;\n", "SEP=;\r\n", '"sep=;"\n', "\ufeffsep=;\n", "sep=;\n\ufeff"])
+def test_the_first_line_may_name_another_delimiter(tmp_path, first):
+    path = tmp_path / "a.csv"
+    path.write_bytes(f'{first}url;caption\nh://1;"one, ""two""; three"\nh://2;four, five\nh://3\n'.encode())
+    rows = list(read_rows(str(path)))
+    assert [row.cells for row in rows[:2]] == [{"url": "h://1", "caption": 'one, "two"; three'},
+                                               {"url": "h://2", "caption": "four, five"}]
+    assert (rows[2].place, rows[2].problem) == ("a.csv, row 3, line 5", "1 cells, and the header has 2")
+    assert read_header(str(path)) == ["url", "caption"]
+    path.write_bytes(b"sep=,\nh://1,one\n")
+    [row] = read_rows(str(path), ("url", "caption"))
+    assert row.cells == {"url": "h://1", "caption": "one"}
+
+
+@pytest.mark.parametrize(("name", "header", "hint"), [
+    ("a b.csv", ["url;caption"], "(echo 'sep=;'; cat 'a b.csv') > 'sep_a b.csv'"),
+    ("a.csv", ["url\tcaption"], "end its name in .tsv"), ("a.tsv", ["url,caption"], "end its name in .csv"),
+    ("a.csv.gz", ["url|caption"], "write a .csv that is not compressed, with the first line sep=|")])
+def test_a_header_with_another_delimiter_has_a_hint(name, header, hint):
+    with pytest.raises(ValueError, match="the header has") as error:
+        check_delimiter(header, f"s3://b/{name}")
+    assert str(error.value).endswith(f"\nhint: {hint}")
+    for usual, names in (("a.csv", ["url", "caption;"]), ("a.csv", ["url"]), ("a.jsonl", ["a;b"]), ("a.csv", [])):
+        check_delimiter(names, usual)
 
 
 def test_many_open_quotes_take_linear_time(tmp_path):
