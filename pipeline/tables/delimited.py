@@ -112,8 +112,8 @@ def read_delimited(lines: Iterator[str], file: str, delimiter: str, names: Seque
 
 def named_delimiter(line: str) -> str:
     """The delimiter that a first line such as `sep=;` names, as Excel writes it; "" for other lines."""
-    found = _SEPARATOR.fullmatch(line)
-    return found[1] if found else ""
+    match = _SEPARATOR.fullmatch(line)
+    return match[1] if match else ""
 
 
 def check_delimiter(names: Sequence[str], address: str) -> None:
