@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class Embed(Stage):
     output_folder = "embeddings"
     workers_need_gpu = True
     decodes = True
+    no_row: ClassVar[str] = "undecodable"  # reason code of a sample that has nothing to encode
 
     def __init__(self, dataset: Dataset, config: EmbedConfig) -> None:
         super().__init__(dataset.root, dataset.path(self.output_folder), config)
@@ -124,7 +125,7 @@ class Embed(Stage):
             ledger += [Entry(part.keys[position], "no_direction", "row of zeros", kept=True) for position in part.there
                        if not vectors[row + position].any()]
             # A row of zeros marks what does not decode: what comes after must not move up.
-            ledger += [Entry(key, "undecodable", "row of zeros", kept=True) for position, key in enumerate(part.keys)
+            ledger += [Entry(key, self.no_row, "row of zeros", kept=True) for position, key in enumerate(part.keys)
                        if position not in set(part.there)]
             row += len(part.keys)
             self.report_progress(rows=row, samples=row - len(ledger), length=0, skipped=Counter())
@@ -176,6 +177,7 @@ class EmbedCaptions(Embed):
     name = "embed_captions"
     output_folder = "text_embeddings"
     decodes = False
+    no_row = "no_caption"
 
     def together(self, gpu: bool | None = None) -> int:
         return 1

@@ -118,6 +118,17 @@ def test_captions_have_embeddings_of_the_same_rows(copied):
     assert list(verify.find_faults(copied.root, copied.path("text_embeddings"))) == []
 
 
+def test_samples_without_a_caption_are_named(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(2):
+        synthetic.noise(32, 32).save(tmp_path / f"images/{number}.png")
+    (tmp_path / "images/captions.csv").write_text("file,caption\n1.png,a caption\n")
+    dataset = Dataset.parse(str(tmp_path / "root"), "some")
+    run_stage(Shard(dataset, ShardConfig(source=str(tmp_path / "images"), image_size=32)))
+    sealed = run_stage(EmbedCaptions(dataset, EmbedConfig(batch_size=16)))
+    assert sealed["totals"]["samples"] == 2 and sealed["totals"]["noted"] == {"no_caption": 1}
+
+
 def test_the_manifest_has_seconds_and_memory(built):
     for record in built.manifest("embeddings")["items"]:
         assert record["run"]["times"].keys() >= {"read", "decode", "forward", "wait", "write"}
