@@ -84,7 +84,7 @@ class Root:
                config: "SampleConfig | None" = None, encoder: "ClipConfig | None" = None) -> list[SampledImage]:
         """An image of each prompt, whose style follows the database (NAME, or a mixture as noto:3+openmoji:1).
 
-        `run` is by default the newest run with the encoder of the database, or else the bundled model. The images are
+        `run` is by default the newest finished run with its encoder, or else the bundled model. The images are
         written below the run; the same call again returns the files that are there. ValueError if nothing can sample.
         """
         import torch

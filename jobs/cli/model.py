@@ -165,7 +165,8 @@ class SampleOptions:
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=(
         "Name of the run, if --prompt, --prompts, --image or --unconditional is given. Otherwise all words are "
-        "prompts, and the run is the newest one with the encoder of the database, or else the bundled model."))]
+        "prompts, and the run is the newest finished one with the encoder of the database, or else the bundled "
+        "model."))]
     sample: Flat[SampleConfig]
     embed: Unflagged[EmbedConfig]
     cluster: Flat[ClusterConfig]

@@ -132,7 +132,7 @@ def _names_encoder(settings: ClipConfig) -> bool:
 
 
 def choose_encoder(root: str, name: str, settings: EmbedConfig) -> ClipConfig:
-    """The encoder of the settings if they name one, or else that of the published version or of the newest run.
+    """The encoder of the settings if they name one, or else of the published version or of the newest finished run.
 
     Then this run can sample. ValueError if the weights of the encoder are in a file that no flag names.
     """

@@ -10,7 +10,12 @@ DEMO_RUN = "demo"
 
 
 def find_newest_run(root: str, encoder: dict[str, Any] | None = None) -> Run | None:
-    """The run with the newest checkpoint, of all or of those with this encoder. None if there is none."""
+    """The finished run with the newest checkpoint, of all or of those with this encoder. None if there is none."""
+    return next((run for run in runs_by_age(root, encoder) if run.is_finished()), None)
+
+
+def runs_by_age(root: str, encoder: dict[str, Any] | None = None) -> list[Run]:
+    """The runs with a checkpoint, of all or of those with this encoder: the newest first, the demo's last."""
     root = storage.normalize(root)
     dated = []
     for name in storage.list_folders(storage.join(root, "runs")):
@@ -19,4 +24,4 @@ def find_newest_run(root: str, encoder: dict[str, Any] | None = None) -> Run | N
             continue
         checkpoint = storage.join(run.folder, "checkpoints", f"{steps[-1]:07d}", "manifest.json")
         dated.append((name != DEMO_RUN, storage.modified_time(checkpoint), name))
-    return Run(root, max(dated)[2]) if dated else None
+    return [Run(root, name) for _, _, name in sorted(dated, reverse=True)]

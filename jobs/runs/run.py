@@ -74,6 +74,10 @@ class Run:
         """The settings the run was planned with, nothing if it was not."""
         return self.section() if storage.exists(storage.join(self.folder, "plan.json")) else {}
 
+    def is_finished(self) -> bool:
+        """Whether the run was trained to its last step, imported or converted."""
+        return storage.exists(storage.join(self.folder, "manifest.json"))
+
     def validated(self, step: int) -> str:
         """The URL of the images of a validation."""
         return storage.join(self.folder, "validation", f"{step:07d}.png")

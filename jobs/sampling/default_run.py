@@ -1,30 +1,39 @@
 """The run for `sample` if the user names none."""
 
 import logging
+import shlex
 from collections.abc import Sequence
+from itertools import takewhile
 
-from jobs.runs.newest_run import find_newest_run
+from jobs.runs.newest_run import runs_by_age
 from jobs.runs.run import Run
 from jobs.sampling.mixture import Mixture
 from jobs.training.export import BUNDLED, BUNDLED_RUN, Import, import_run
+from pipeline import storage
 from pipeline.embeddings.embed import dataset_encoder
 
 _log = logging.getLogger(__name__)
 
 
 def default_run(databases: Sequence[Mixture], prompt: str, *, dry_run: bool = False) -> Run | None:
-    """The newest run with the encoder of the databases, or else the bundled model, which becomes a run of the root.
+    """The newest finished run with the encoder of the databases, or else the bundled model, which becomes a run.
 
-    None on a dry run if the bundled model is no run yet. ValueError if nothing can sample from the databases, of which
-    there is at least one.
+    The log names newer runs that are not finished. None on a dry run if the bundled model is no run yet. ValueError if
+    nothing can sample from the databases, of which there is at least one.
     """
     database = databases[0].members[0]
     encoder = dataset_encoder(database)
-    run = find_newest_run(database.root, encoder)
-    if run is None:
-        run = Run.parse(database.root, BUNDLED_RUN)
+    runs = runs_by_age(database.root, encoder)
+    finished = next((run for run in runs if run.is_finished()), None)
+    run = finished or Run.parse(database.root, BUNDLED_RUN)
+    for newer in takewhile(lambda newer: newer != run, runs):
+        step, root = newer.latest_step(), storage.redact_credentials(newer.root)
+        _log.info("sample: the run %s is at step %d of %d and is not used; to use it: python -m jobs sample %s "
+                  "--prompt %s --database %s --root %s", newer.name, step, newer.config(step)["steps"], newer.name,
+                  shlex.quote(prompt), shlex.quote(databases[0].label), shlex.quote(root))
+    if finished is None:
         if Import(run, BUNDLED).kept["encoder"] != encoder:
-            raise ValueError(f"no run in {run.root} has the encoder of {database.label}, {encoder['model']} "
+            raise ValueError(f"no finished run in {run.root} has the encoder of {database.label}, {encoder['model']} "
                              f"({encoder['pretrained']})\n"
                              f"hint: python -m jobs train RUN --dataset {database.label} --root {run.root}")
         if dry_run:

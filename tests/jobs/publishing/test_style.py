@@ -103,6 +103,15 @@ def test_the_newest_run_is_preferred_and_another_encoder_has_none(
     assert find_newest_run(str(root), describe_encoder(ClipConfig(pretrained="random"))) is None
     _, log = run("sample", "a tree", "--database", "flat", "--steps", "2", "--root", str(root))
     assert "with the run small" in log
+    (root / "runs/small/manifest.json").rename(tmp_path / "manifest.json")
+    checkpoint = root / "runs/small/checkpoints/0000003/checkpoint.json"
+    whole = json.loads(checkpoint.read_text())
+    checkpoint.write_text(json.dumps(whole | {"config": whole["config"] | {"steps": 400}}))
+    _, log = run("sample", "a tree", "--database", "flat", "--steps", "2", "--root", str(root))
+    assert (f"the run small is at step 3 of 400 and is not used; to use it: python -m jobs sample small "
+            f"--prompt 'a tree' --database flat --root {root}\n") in log
+    assert "with the run demo" in log and choose_encoder(str(root), "mine", EmbedConfig()) == EmbedConfig().clip()
+    (tmp_path / "manifest.json").rename(root / "runs/small/manifest.json")
     path = root / "datasets/flat/v1/embeddings/manifest.json"
     document = json.loads(path.read_text())
     document["info"]["encoder"]["weights_sha256"] = "0"
