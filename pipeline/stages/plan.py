@@ -261,7 +261,7 @@ def _disagreement(stage: Stage, claimed: dict[str, Any], inputs: dict[str, Any])
     moved = [name for name, described in inputs.items() if described != claimed["inputs"].get(name)]
     changed = f"; what it is made from has changed: {', '.join(moved)}" if moved else ""
     more = (f"; or python -m jobs rebuild {stage.path.split('/')[1]} --source SOURCE" if _is_released(stage) else
-            ", or replace this one with --overwrite")
+            f"; or replace this one: {stage.command} --overwrite")
     return (f"{stage.folder} was planned with other settings or inputs ({differing}){changed}\n"
             f"hint: {stage.alternative}{more}")
 
