@@ -15,6 +15,20 @@ def _end(number: int, frame: FrameType | None) -> None:
     os._exit(_STOPPED)  # no `finally` of a half imported module may run
 
 
+def _replace_closed_streams() -> None:
+    """Read from and write to /dev/null where the caller closed a stream, as in `status >&-`. Python makes it None.
+
+    It takes the number of the closed stream, as the lowest that is free. Otherwise the next file that is opened would
+    get it, and what a library prints.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)  # as the streams of a shell
+            setattr(sys, name, stream)
+
+
+_replace_closed_streams()
 # Before the first import that takes long. A shell lets its background jobs ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _end)

@@ -317,6 +317,15 @@ def test_a_closed_pipe_is_no_error() -> None:
         assert (process.wait(60), said) == (0, []), words
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_error(tmp_path: Path, closed: str) -> None:
+    (tmp_path / "runs").mkdir()
+    for words in (["ls", "--root", str(tmp_path)], ["--help"]):
+        shell = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "jobs", *words]
+        ended = subprocess.run(shell, capture_output=True, text=True, timeout=60)
+        assert (ended.returncode, ended.stderr, bool(ended.stdout)) == (0, "", closed == "2>&-")
+
+
 def test_a_verb_without_its_arguments_prints_an_example(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     with pytest.raises(SystemExit, match="2"):
