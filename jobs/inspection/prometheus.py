@@ -6,7 +6,9 @@ failed runs and dead drivers. This exporter reads them from the files.
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -83,8 +85,16 @@ async def _serve(registry: CollectorRegistry, host: str, port: int) -> None:
         return response
 
     server = web.Server(answer, keepalive_timeout=_REQUEST_S, lingering_time=0.0, access_log=None, logger=_requests)
-    listener = await loop.create_server(
-        lambda: server() if len(server.connections) < _CONNECTIONS else _Refusal(), host, port, backlog=_BACKLOG)
+    try:
+        listener = await loop.create_server(
+            lambda: server() if len(server.connections) < _CONNECTIONS else _Refusal(), host, port, backlog=_BACKLOG)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror  # names have -2
+        other = str(port + 1 if 1024 <= port < 65535 else 9108)  # lower ports may be reserved for root
+        if error.errno == errno.EADDRINUSE and host != "127.0.0.1":
+            other = f"{host}:{other}"
+        raise ValueError(f"--serve {host}:{port}: cannot listen there: {reason}\n"
+                         f"hint: python -m jobs status --serve {other}") from None
     _log.info("status: at http://%s:%d/metrics", host, listener.sockets[0].getsockname()[1])
     try:
         await listener.serve_forever()

@@ -62,7 +62,9 @@ def _stage_row(state: dict[str, Any]) -> dict[str, Any]:
            "error": state.get("error"), "failed_gates": state.get("failed_gates", []),
            "retired": (now or state).get("retired", [])}
     if "samples" in state:
-        row |= {"done": state["items"], "rows": state["samples"] + count_row_failures(state["skipped"])}
+        row["done"] = state["items"]
+        if state["stage"] not in status.COUNT_PARAMETERS:
+            row["rows"] = state["samples"] + count_row_failures(state["skipped"])
     if now:
         row |= {"done": now["items"], "rows": now["rows"], "of_rows": now["of_rows"] or None,
                 "failed": max(state["failed"], now["failed_items"]), "skipped": now["skipped"]}

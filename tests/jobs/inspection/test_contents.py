@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from jobs.cli.main import main
+from jobs.inspection import watch
 from jobs.inspection.contents import contents_table, list_contents, list_stages, stages_table
 from jobs.inspection.show import row_text, show_row
 from jobs.inspection.status import read_status, status_table
@@ -55,6 +56,8 @@ def test_parameters_of_an_imported_run_are_no_rows(tmp_path: Path) -> None:
     entry, = list_contents(str(tmp_path))
     assert (entry["path"], entry["rows"], entry["state"]) == ("runs/emoji_32", None, "sealed")
     assert "4191280 parameters" in status_table(str(tmp_path), read_status(str(tmp_path)))
+    watched = watch.read_snapshot(str(tmp_path))
+    assert watched["stages"][0]["rows"] is None and "4191280" not in watch.snapshot_text(watched)
 
 
 def test_ls_names_stale_damaged_and_unfinished_folders(root: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.cli.main import main
 from jobs.inspection import prometheus
 
 REPOSITORY = Path(__file__).parents[3]
@@ -118,6 +119,21 @@ def test_the_server_checks_formats_names_and_methods(server: Server) -> None:
     assert b"rdm_root_readable 1.0" in gzip.decompress(compressed.read())
     client = server.connect(b"POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
     assert client.recv(100).startswith(b"HTTP/1.1 405 ")
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0:"])
+def test_a_port_that_is_taken_is_named_with_another_one(
+        tmp_path: Path, host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs").mkdir()
+    with socket.socket() as taken:
+        taken.bind((host.rstrip(":") or "127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["status", "--root", str(tmp_path), "--serve", f"{host}{port}"]) == 2
+    other = port + 1 if port < 65535 else 9108
+    assert capsys.readouterr().err == (
+        f"error: --serve {host or '127.0.0.1:'}{port}: cannot listen there: Address already in use\n"
+        f"hint: python -m jobs status --root {tmp_path} --serve {host}{other}\n")
 
 
 def test_idle_connections_end_and_cost_no_thread(server: Server) -> None:
