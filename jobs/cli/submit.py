@@ -343,14 +343,17 @@ def _folder(scratch: Path, submission: Submission, options: SubmitOptions) -> Pa
 
 
 def _subject(verb: str, inner: Any) -> dict[str, str]:
-    """The run or dataset of a verb, as metadata: name, version, and the fingerprint of local shards."""
+    """The run or dataset of a verb, as metadata: name, and of a version that the user names its local fingerprint.
+
+    Without a version some verbs work on v1, others on the version that is published when the job begins.
+    """
     if hasattr(inner, "run"):
         return {"run": inner.run} | ({"dataset": inner.dataset} if hasattr(inner, "dataset") else {})
     if not hasattr(inner, "dataset"):
         return {}
     from pipeline.datasets.dataset import Dataset
     dataset = Dataset.parse(inner.common.root, inner.dataset)
-    if verb in _OF_ALL_VERSIONS:
+    if verb in _OF_ALL_VERSIONS or "@" not in inner.dataset:
         return {"dataset": dataset.name}
     subject = {"dataset": dataset.name, "version": dataset.version}
     # The submitting machine may have no access to the store, and the timeout takes minutes.

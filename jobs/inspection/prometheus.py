@@ -89,7 +89,8 @@ async def _serve(registry: CollectorRegistry, host: str, port: int) -> None:
         listener = await loop.create_server(
             lambda: server() if len(server.connections) < _CONNECTIONS else _Refusal(), host, port, backlog=_BACKLOG)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror  # names have -2
+        # The resolver of names has its own numbers, below 0.
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         other = str(port + 1 if 1024 <= port < 65535 else 9108)  # lower ports may be reserved for root
         if error.errno == errno.EADDRINUSE and host != "127.0.0.1":
             other = f"{host}:{other}"

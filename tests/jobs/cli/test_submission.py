@@ -28,7 +28,9 @@ def _submission(*words: str, own: tuple[str, ...] = ()) -> Submission:
 
 def test_the_same_work_has_the_same_name_wherever_it_runs(tmp_path: Path) -> None:
     submission = _submission("embed", "noto", "--root", ROOT)
-    assert re.fullmatch(r"embed-noto-v1-[0-9a-f]{8}", submission.name)
+    assert re.fullmatch(r"embed-noto-[0-9a-f]{8}", submission.name) and "version" not in submission.about
+    named = _submission("embed", "noto@v2", "--root", ROOT)
+    assert re.fullmatch(r"embed-noto-v2-[0-9a-f]{8}", named.name) and named.about["version"] == "v2"
     assert submission.name == _submission("embed", "--root", f"{ROOT}/", "noto", "--workers", "64", "--gpus", "1").name
     (tmp_path / "settings.toml").write_text("[embed]\nbatch_size = 32\n[cluster]\nworkers = 7\n")
     by_file = _submission("embed", "noto", "--root", ROOT, "--config", str(tmp_path / "settings.toml"))
