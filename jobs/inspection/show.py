@@ -126,16 +126,19 @@ def _neighbors(row: DatasetRow) -> dict[str, list[dict[str, Any]]]:
                            for suffix in (".ids.npy", ".scores.npy"))
             nearest = [(int(number), round(float(score), 4)) for number, score in zip(ids, scores, strict=True)
                        if number >= 0]
-            keys = _keys(published.open_label(dataset.root, label), [number for number, _ in nearest])
+            keys = _keys(dataset.root, label, [number for number, _ in nearest])
             result[label] = [{"row": number, "score": score, **keys.get(number, {})} for number, score in nearest]
     return result
 
 
-def _keys(database: Dataset, rows: list[int]) -> dict[int, dict[str, str]]:
+def _keys(root: str, label: str, rows: list[int]) -> dict[int, dict[str, str]]:
     """Key, caption and name of some global rows. Rows of a removed database are left out."""
+    if not Dataset.parse(root, label).is_sealed("shards"):
+        return {}
+    database = published.open_label(root, label)
     keys: dict[int, dict[str, str]] = {}
     offset = 0
-    for record in database.manifest("shards")["items"] if database.is_sealed("shards") else ():
+    for record in database.manifest("shards")["items"]:
         here = [row for row in rows if offset <= row < offset + record["samples"]]
         cells = metadata(database, record, ["key", "caption", "url"]) if here else []
         keys |= {row: {"key": cell["key"], "caption": cell["caption"] or "",

@@ -15,6 +15,7 @@ from jobs.telemetry.units import format_count
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import metadata
+from pipeline.storage import DamagedFile
 
 _ROWS = 40
 _SAMPLERS = {"ddim": "DDIM", "dpm++": "DPM-Solver++", "euler": "Euler", "heun": "Heun"}
@@ -105,8 +106,15 @@ def _database(neighbor: dict[str, Any]) -> str:
 
 def _held_out(root: RootContents, labels: Sequence[str], prompts: Sequence[str]) -> dict[str, bool]:
     """For each prompt that is a caption in one of the databases: whether its subject was held out of training."""
-    result: dict[str, bool] = {}
-    for dataset in dict.fromkeys(member for label in labels for member in Mixture.parse(root.address, label).members):
+    members, result = dict[Dataset, None](), dict[str, bool]()
+    for label in labels:
+        try:
+            members |= dict.fromkeys(Mixture.parse(root.address, label).members)
+        except DamagedFile:
+            raise
+        except ValueError:  # a database may have been removed since
+            continue
+    for dataset in members:
         result |= {prompt: result.get(prompt, False) or held for prompt, held in _subjects(dataset, prompts).items()}
     return result
 

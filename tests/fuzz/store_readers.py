@@ -1,5 +1,6 @@
 """The readers of documents below a root, each as a function of a path. Commands write them, others may edit them."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -172,6 +173,8 @@ def read_takedowns(path: Path) -> None:
     """forgotten.json of a root and of a version."""
     root = _root(path, "forgotten.json")
     shutil.copy(path, Path(root) / "datasets/x/v1/forgotten.json")
+    manifest = Path(root) / _SHARDS / "manifest.json"  # without rows to compare with the list
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"items": []}))
     takedown_list.count_requests(root)
     takedown_list.read_takedowns(root).has({"sha256": "a", "url": "http://a/b"})
     takedowns.read_forgotten_rows(Dataset(root, "x"))

@@ -159,7 +159,8 @@ def test_no_line_is_longer_than_the_terminal_and_no_word_is_cut(root: str, colum
     skipped = {"download_failed_404": 777, "not_a_picture": 12}
     storage.put_json(storage.read_json(address) | {"skipped": skipped}, address)
     ours, theirs = pty.openpty()
-    process = _start_status(root, "--watch", stdout=theirs, env=os.environ | {"TERM": "xterm", "COLUMNS": str(columns)})
+    process = _start_status(root, "--watch", stdout=theirs, env=os.environ | {
+        "TERM": "xterm", "COLUMNS": str(columns), "LINES": "100"})
     os.close(theirs)
     output = b""
     while b"outline" not in output:

@@ -41,6 +41,7 @@ def test_each_path_has_a_command_that_restores_it(path: str, way: str) -> None:
 
 
 def test_a_dataset_name_of_300_letters_is_invalid_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "datasets/art").mkdir(parents=True)
     for verb, *flags in (["gc"], ["embed", "--local"], ["versions"], ["train", "--dataset", "art", "--local"]):
         assert main([verb, "a" * 300, *flags, "--root", str(tmp_path)]) == 2
         assert "has 300 letters: expected at most 240\nhint: a shorter " in capsys.readouterr().err

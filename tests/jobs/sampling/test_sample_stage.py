@@ -278,20 +278,28 @@ def test_the_report_shows_the_requested_options(root: Path, picture: Path) -> No
         assert words in page, words
 
 
+@pytest.fixture
+def names(tmp_path: Path) -> str:
+    """A root with the folders of three datasets."""
+    for name in "abc":
+        (tmp_path / "datasets" / name).mkdir(parents=True)
+    return str(tmp_path)
+
+
 @pytest.mark.parametrize(("weights", "k", "shares"), [
     ("a:3+b:1", 4, [3, 1]), ("a+b", 3, [2, 1]), ("a+b+c", 4, [2, 1, 1]), ("a:0.1+b:0.2", 3, [1, 2]),
     ("a:1+b:3", 1, [0, 1]), ("a:5+b", 0, [0, 0]), ("a", 7, [7]), ("a:2+b:3+c:4", 10, [2, 3, 5])])
-def test_shares_follow_the_weights(weights: str, k: int, shares: list[int]) -> None:
-    assert Mixture.parse("root", weights).shares(k) == shares
+def test_shares_follow_the_weights(names: str, weights: str, k: int, shares: list[int]) -> None:
+    assert Mixture.parse(names, weights).shares(k) == shares
 
 
 @pytest.mark.parametrize(("text", "label", "item"), [
     ("a:3", "a", "a"), ("a@v2", "a@v2", "a-v2"), ("a:2+b:2", "a+b", "a+b"), ("a:30+b", "a:30+b:1", "a=30+b=1"),
     ("a:0.50+b@v3:1", "a:0.5+b@v3:1", "a=0.5+b-v3=1")])
-def test_a_mixture_has_one_name(text: str, label: str, item: str) -> None:
-    mixture = Mixture.parse("root", text)
+def test_a_mixture_has_one_name(names: str, text: str, label: str, item: str) -> None:
+    mixture = Mixture.parse(names, text)
     assert (mixture.label, mixture.item) == (label, item)
-    assert Mixture.parse("root", label) == mixture or len(set(mixture.weights)) == 1
+    assert Mixture.parse(names, label) == mixture or len(set(mixture.weights)) == 1
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -305,7 +313,7 @@ def test_a_mixture_has_one_name(text: str, label: str, item: str) -> None:
     (["--unconditional", "1", "--top-m", "1.5"], "sample.top_m = 1.5: must be above 0 and at most 1"),
     (["--unconditional", "1", "--k", "0"], "has no neighbors to generate from"),
     (["--unconditional", "1", "--database", "outline"], "python -m jobs neighbors drawn --database outline"),
-    (["--prompt", "x", "--database", "flat+nowhere"], "python -m jobs index nowhere"),
+    (["--prompt", "x", "--database", "flat+nowhere"], "there is no dataset nowhere in "),
     (["--prompt", "x", "--database", "flat:0+hatched"], "the weight '0' of flat is not a number above 0"),
     (["--prompt", "x", "--database", "flat:-1"], "not a number above 0"),
     (["--prompt", "x", "--database", "flat+flat:2"], "names a database twice"),

@@ -49,7 +49,8 @@ def test_the_reason_of_an_exit_is_an_event_too(tmp_path: Path) -> None:
     process = _run(tmp_path, "embed", "some", "--local", RDM_LOG="json")
     events = _events(process.stderr)
     assert process.returncode == 2
-    assert events[-1]["level"] == "error" and "is not sealed" in events[-1]["message"] and events[-1]["exit"] == 2
+    assert (events[-1]["level"], events[-1]["exit"]) == ("error", 2)
+    assert "there is no dataset some" in events[-1]["message"]
     assert events[-1]["hint"].startswith("python -m jobs shard some")
 
 

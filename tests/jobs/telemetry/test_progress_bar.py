@@ -56,7 +56,7 @@ if sys.argv[2] == "interrupt":  # Ctrl-C arrives while the first bar is written
         return len(text)
     sys.stderr.write = write_and_interrupt
 
-cli.parse_command = lambda arguments, read_root: (act, arguments)
+cli.parse_command = lambda arguments, **_: (act, arguments)
 sys.exit(cli.main(["status", *sys.argv[3:]]))
 """
 

@@ -353,5 +353,5 @@ def test_a_shard_without_samples_has_embeddings_without_rows(tmp_path):
 
 def test_unsealed_shards_are_refused_with_the_command(tmp_path):
     dataset = Dataset.parse(str(tmp_path), "x@v2")
-    with pytest.raises(ValueError, match=r"not sealed.*\nhint: python -m jobs shard x@v2 --source FOLDER --root"):
+    with pytest.raises(ValueError, match=r"no dataset x in .*\nhint: python -m jobs shard x@v2 --source FOLDER --root"):
         run_stage(Embed(dataset, EmbedConfig()))

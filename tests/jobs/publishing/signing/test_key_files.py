@@ -50,7 +50,8 @@ def test_unsafe_private_keys_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(ValueError, match=reason) as refused:
             signatures.publishing_keys(str(path))
         assert str(tmp_path) not in str(refused.value)
-    (tmp_path / "datasets").mkdir()
+    for name in ("art", NAME):
+        (tmp_path / "datasets" / name).mkdir(parents=True)
     missing, root = str(tmp_path / "missing"), ["--root", str(tmp_path)]
     for verb, flag in ((["rollback", "art"], "--sign"), (["verify"], "--key")):
         assert main([*verb, flag, missing, *root]) == 2

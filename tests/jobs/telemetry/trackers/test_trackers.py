@@ -248,15 +248,17 @@ def test_records_wait_while_a_tracker_fails(tmp_path: Path, name: str, caplog: p
     importlib.util.find_spec("mlflow") is None, reason="pip install mlflow-skinny"))])
 def test_a_missing_package_is_named_before_any_work(tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch,
                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "datasets/drawn").mkdir(parents=True)
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
     for arguments in (["embed", "drawn"], ["train", "small", "--dataset", "drawn"]):
         assert main([*arguments, "--root", str(tmp_path), "--local", "--tracker", "mlflow"]) == 2
         error = capsys.readouterr().err
         assert f"needs the package {package}" in error and "hint: pip install mlflow-skinny" in error
-    assert not storage.list_folders(str(tmp_path))
+    assert [path.name for path in tmp_path.rglob("*")] == ["datasets", "drawn"]
 
 
 def test_none_together_with_another_tracker_is_invalid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "datasets/drawn").mkdir(parents=True)
     assert main(["embed", "drawn", "--root", str(tmp_path), "--local", "--tracker", "none", "--tracker", "wandb"]) == 2
     assert "--tracker none was given with --tracker wandb" in capsys.readouterr().err
