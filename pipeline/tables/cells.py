@@ -54,8 +54,10 @@ def decode_bytes(data: bytes) -> str | bytes:
 
 
 def stored_text(value: Any) -> str:
-    """A plain cell as text, for a column of several types. Bytes become base64."""
-    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+    """A plain cell as text, for a column of several types. Bytes become base64, bool is spelled as in JSON."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def json_text(value: Any) -> str:
@@ -65,7 +67,7 @@ def json_text(value: Any) -> str:
 
 def _json_value(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key if isinstance(key, str) else str(key): _json_value(each) for key, each in value.items()}
+        return {key if isinstance(key, str) else stored_text(key): _json_value(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_json_value(each) for each in value]
     cell = json_cell(value)
@@ -85,7 +87,7 @@ def cell_text(value: Any) -> str:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     cell = json_cell(value)
-    return "" if cell is None else str(cell)
+    return "" if cell is None else stored_text(cell)
 
 
 def first_value(value: Any) -> Any:

@@ -164,7 +164,7 @@ def test_types_come_from_the_parquet_beside_or_the_first_samples(tmp_path):
 @pytest.mark.parametrize("adopt", [False, True])
 @pytest.mark.parametrize(("cells", "kind", "stored"), [
     (([1], ["text"]), pa.string(), ["1", "text"]), (([None], [7]), pa.int64(), [None, 7]),
-    (([1], [0.5]), pa.float64(), [1.0, 0.5]), (([True], [1]), pa.string(), ["True", "1"]),
+    (([1], [0.5]), pa.float64(), [1.0, 0.5]), (([True], [1]), pa.string(), ["true", "1"]),
     (([2**60 + 1], [None], [1.5]), pa.string(), ["1152921504606846977", None, "1.5"])])
 def test_a_column_has_one_type_that_suits_all_tars(adopt, cells, kind, stored, tmp_path):
     for number, column in enumerate(cells):
