@@ -185,6 +185,8 @@ def _state(root: str, path: str) -> dict[str, Any]:
                       **{key: manifest["totals"][key] for key in ("samples", "bytes", "skipped", "noted")},
                       "seconds": manifest["run"]["seconds"], "sealed": manifest["run"]["sealed"],
                       "retired": manifest["run"].get("retired", []), "devices": manifest["run"].get("devices", {})}
+    if isinstance(dead := manifest["info"].get("dead"), int) and dead:
+        sealed["removed"] = dead  # a rebuild keeps shards of which it hides a few samples
     if plan["stage"] == "index":
         recall = manifest["info"].get("recall")
         sealed["recall"] = _numbers(recall.get("image")) if isinstance(recall, dict) else {}
@@ -207,6 +209,7 @@ def _detail(state: dict[str, Any]) -> str:
         return "; ".join(filter(None, [
             f"{state['samples']} parameters" if state.get("stage") in COUNT_PARAMETERS else
             f"{state['samples']} samples, {format_bytes(state['bytes'])}",
+            f"{state['removed']} of them removed" if state.get("removed") else "",
             progress_bar.describe_losses(state, state["path"]),
             progress_bar.describe_devices(state.get("devices", {})),
             progress_bar.describe_retired(state.get("retired", []))]))

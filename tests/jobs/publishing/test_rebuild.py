@@ -42,7 +42,7 @@ from tests.jobs.publishing.published_art import (
 )
 
 
-def test_only_changed_images_are_processed_again(place: Path) -> None:
+def test_only_changed_images_are_processed_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, source, files = place / "root", place / "source", pictures(place)
     for path in files:
         os.utime(path)  # all look new, and hardly any is
@@ -66,6 +66,9 @@ def test_only_changed_images_are_processed_again(place: Path) -> None:
     ids = Searcher(published_dataset(root)).search(Embeddings(published_dataset(root)).all().astype(np.float32), 80)[0]
     hidden = hidden_rows.read_hidden_rows(published_dataset(root))
     assert np.isin(hidden, ids).sum() == 0 and len(hidden) == 3
+    capsys.readouterr()
+    assert main(["status", "--root", str(root)]) == 0 and "75 samples, " in (shown := capsys.readouterr().out)
+    assert "; 3 of them removed" in shown
     # Bytes of shards that stayed were not copied.
     tars = [path.name for path in (root / "datasets" / NAME / "v2" / "shards").glob("*.tar")]
     assert tars == ["000003.tar"]
