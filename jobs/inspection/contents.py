@@ -49,7 +49,8 @@ def _owner(path: str) -> str:
 def _summarize(path: str, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One entry for stages: the worst of their states, rows of the first, bytes of all, date of the newest seal."""
     present = [state for state in states if state["state"] != "absent"]
-    counts = [state.get("samples", (state.get("progress") or {}).get("samples")) for state in present
+    counts = [state["samples"] - state.get("removed", 0) if "samples" in state else
+              (state.get("progress") or {}).get("samples") for state in present
               if state.get("stage") not in COUNT_PARAMETERS]
     return {"path": path, "state": _state(present), "rows": next(iter(counts), None),
             "bytes": sum(state.get("bytes", 0) for state in present) if present else None,

@@ -69,6 +69,7 @@ def test_only_changed_images_are_processed_again(place: Path, capsys: pytest.Cap
     capsys.readouterr()
     assert main(["status", "--root", str(root)]) == 0 and "75 samples, " in (shown := capsys.readouterr().out)
     assert "; 3 of them removed" in shown
+    assert [entry["rows"] for entry in list_contents(str(root)) if entry["path"].endswith("drawn/v2")] == [72]
     # Bytes of shards that stayed were not copied.
     tars = [path.name for path in (root / "datasets" / NAME / "v2" / "shards").glob("*.tar")]
     assert tars == ["000003.tar"]
