@@ -1,8 +1,10 @@
 """Parse the options of one verb. Imports only the module of that verb."""
 
 import argparse
+import contextlib
 import difflib
 import importlib
+import io
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
@@ -66,6 +68,13 @@ def parse_command(arguments: Sequence[str], *, read_root: bool = False,
     def parse(change: Change | None = None) -> Any:
         return tyro.cli(kind, args=flags, default=default_options(kind, flags, change), prog=f"{PROGRAM} {verb}")
 
+    shown = [storage.escape_controls(flag) for flag in flags]
+    if shown != flags:  # tyro prints words as they are if it refuses them
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                parse()
+            except SystemExit:
+                flags = shown
     try:
         options = parse()
     except SystemExit as error:

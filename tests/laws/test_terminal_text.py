@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.cli.main import main
 from jobs.report.render import render_page
 from jobs.telemetry import logs, output
 from pipeline import storage
@@ -115,3 +116,11 @@ def test_a_page_shows_marks_of_writing_direction() -> None:
     page = render_page(title=HOSTILE, written="", code="", root="", headline=None, failures="", best="", sections=[],
                        is_empty=False, left_out=0).decode()
     assert SHOWN in page and not RAW.search(page)
+
+
+@pytest.mark.parametrize("words", [["doctor", HOSTILE], ["ls", f"--{HOSTILE}"], ["status", "--sort", HOSTILE]])
+def test_refused_arguments_are_escaped(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    printed = "".join(capsys.readouterr())
+    assert not RAW.search(printed) and "evil" in printed
