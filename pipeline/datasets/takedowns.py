@@ -120,8 +120,9 @@ def read_forgotten_rows(dataset: Dataset) -> np.ndarray:
 def read_stored_rows(dataset: Dataset) -> np.ndarray:
     """The rows that the file of a version hides, ascending (T,) int64; DamagedFile if it was changed."""
     document = read_document(_address(dataset))[1]
-    rows, through = document.get("rows", []), document.get("through", 0)
-    if document.get("digest", digest := _digest(rows, through, _shards_content(dataset))) != digest:
+    rows, through, content = document.get("rows", []), document.get("through", 0), _shards_content(dataset)
+    expected = {"shards": content, "digest": _digest(rows, through, content)}
+    if any(document.get(name, value) != value for name, value in expected.items()):
         raise DamagedFile(f"{_address(dataset)} was changed, or is of other shards\n"
                           f"hint: python -m jobs repair {dataset.name} --root {dataset.root}")
     return np.array(rows, np.int64)
