@@ -9,6 +9,7 @@ import contextlib
 import errno
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -97,9 +98,14 @@ async def _serve(registry: CollectorRegistry, host: str, port: int) -> None:
         raise ValueError(f"--serve {host}:{port}: cannot listen there: {reason}\n"
                          f"hint: python -m jobs status --serve {other}") from None
     _log.info("status: at http://%s:%d/metrics", host, listener.sockets[0].getsockname()[1])
+    stopped = asyncio.Event()
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        # An exception raised at any moment could be lost inside a callback.
+        loop.add_signal_handler(signal.SIGINT, stopped.set)
     try:
-        await listener.serve_forever()
+        await stopped.wait()
     finally:
+        listener.close()
         reader.shutdown(wait=False, cancel_futures=True)
         with contextlib.suppress(TimeoutError):
             await server.shutdown(timeout=1.0)
