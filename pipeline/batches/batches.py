@@ -56,7 +56,7 @@ class Batches:
         self.vectors = None if has_vectors(dataset, database) else Embeddings(database)
         self.lists = self._lists(database, ".ids.npy" if self.vectors else ".vectors.npy")
         self.forgotten = ForgottenRows(dataset, self.offsets)
-        self.forgotten_neighbors = read_forgotten_rows(database)
+        self.forgotten_neighbors = self.forgotten.rows if database == dataset else read_forgotten_rows(database)
         self.ids = (self._lists(database, ".ids.npy")
                     if self.vectors is None and len(self.forgotten_neighbors) else self.lists)
         self.own = Embeddings(dataset, OWN[own]) if own != "none" else None

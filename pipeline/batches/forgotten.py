@@ -26,17 +26,13 @@ class ForgottenRows:
 
     def replace(self, rows: np.ndarray) -> np.ndarray:
         """The global rows of a batch, (B,) int64, with others in the place of forgotten ones."""
-        forgotten = self.contain(rows)
+        forgotten = np.isin(rows, self.rows)
         if not forgotten.any():
             return rows
         places = np.searchsorted(self.rows, rows[forgotten])
         replaced = rows.copy()
         replaced[forgotten] = self._substitutes[places]
         return replaced
-
-    def contain(self, rows: np.ndarray) -> np.ndarray:
-        """Which of these rows were forgotten, bool of the same shape."""
-        return np.isin(rows, self.rows)
 
 
 def _next_visible(row: int, visible: np.ndarray, offsets: np.ndarray) -> int:
