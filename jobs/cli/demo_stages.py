@@ -102,7 +102,7 @@ def _seal(stage: Stage, runner: Runner) -> bool:
     manifest = run_observed(stage, runner, name=f"{stage.name} {stage.path}")
     totals, info = manifest["totals"], manifest["info"]
     _log.info("%s: %d samples, %s%s", stage.path, totals["samples"], format_bytes(totals["bytes"]),
-              f", {info['key']}, recall@10 {info['recall_at_10']}" if "recall_at_10" in info else "")
+              f", {info['key']}, recall@10 {info['recall_at_10']}" if info.get("recall_at_10") is not None else "")
     return True
 
 

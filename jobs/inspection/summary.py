@@ -11,9 +11,10 @@ from pipeline import storage
 from pipeline.datasets.dataset import datasets
 from pipeline.datasets.published import open_dataset
 from pipeline.embeddings.embed import dataset_encoder
+from pipeline.neighbors.files import why_recall_is_unknown
 from pipeline.stages.stage import Stage
 
-_FACTS = {"index": ("key", "recall_at_10"), "neighbors": ("k", "database", "recall"), "train": ("steps", "loss"),
+_FACTS = {"index": ("key", "recall_at_10"), "neighbors": ("k", "database"), "train": ("steps", "loss"),
           "shard": ("format",)}
 """Facts of a manifest that people look for, by stage."""
 _PROMPT = "--prompt 'a red apple'"
@@ -29,8 +30,12 @@ def summarize_stage(stage: Stage, manifest: dict[str, Any]) -> str:
     noun = "parameter" if stage.name in COUNT_PARAMETERS else "sample"
     lines = [f"{stage.name.replace('_', ' ')}: {format_count(totals['samples'], noun)}{size}{work}"
              + (f"; {lost:,} left out" if lost else "")]
-    if facts := [f"{name.replace('_', ' ')} {_number(info[name])}" for name in _FACTS.get(stage.name, ())
-                 if info.get(name) is not None]:
+    facts = [f"{name.replace('_', ' ')} {_number(info[name])}" for name in _FACTS.get(stage.name, ())
+             if info.get(name) is not None]
+    if stage.name == "neighbors":
+        unknown = why_recall_is_unknown(info)
+        facts.append(f"recall not measured ({unknown})" if unknown else f"recall {_number(info['recall'])}")
+    if facts:
         lines.append(f"  {', '.join(facts)}")
     lines.append(f"  {storage.redact_credentials(stage.folder)}")
     if stage.name == "sample":

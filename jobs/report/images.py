@@ -13,7 +13,7 @@ from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.lookup import Sample
 from pipeline.formats.arrays import map_array
-from pipeline.neighbors.files import neighbor_files
+from pipeline.neighbors.files import neighbor_files, why_recall_is_unknown
 
 QUERIES = 12
 NEIGHBORS = 10
@@ -44,6 +44,7 @@ def neighbors(root: RootContents, dataset: Dataset, label: str, album: Album) ->
     # Lists of older versions have no distribution of scores.
     chart = histogram(info["scores"], -1, 1, "cosine similarity of all neighbors") if "scores" in info else None
     return render("neighbors.html", dataset=dataset.label, database=database.label, info=info, chart=chart,
+                  unknown=why_recall_is_unknown(info) if "scores" in info else "",
                   changed=root.changed_inputs(dataset.path(name)), queries=queries, columns=ids.shape[1])
 
 

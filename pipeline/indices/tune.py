@@ -141,7 +141,9 @@ def measure_recall(index: faiss.Index, key: str, queries: list[RecallQueries], c
             "bytes_per_vector": round(size / count, 2), "recall_at_10": recall.get("image", {}).get("10"),
             "recall": recall, "recall_queries": len(queries[0].vectors), "recall_rows": count,
             "curve": curve}
-    logging.getLogger(__name__).info("index %s: %d bytes, recall@10 %s", key, size, info["recall_at_10"])
+    logging.getLogger(__name__).info("index %s: %d bytes, recall@10 %s", key, size,
+                                     "not measured (too few vectors)" if info["recall_at_10"] is None
+                                     else info["recall_at_10"])
     # Times differ from run to run and would make equal indices look different.
     return infos, info, {"milliseconds a query": milliseconds}
 

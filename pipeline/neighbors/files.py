@@ -1,6 +1,6 @@
 """Read the neighbor lists of a dataset."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,3 +24,13 @@ def load_neighbors(dataset: Dataset, database: Dataset, suffix: str = ".ids.npy"
 def has_vectors(dataset: Dataset, database: Dataset) -> bool:
     """Whether a sealed neighbor list has the neighbors' vectors too."""
     return bool(neighbor_files(dataset.manifest(f"neighbors/{database.label}")["items"], ".vectors.npy"))
+
+
+def why_recall_is_unknown(info: Mapping[str, Any]) -> str:
+    """Why a sealed neighbor list has no recall; empty if its neighbors were compared with the exact ones.
+
+    `info`: that of the manifest. Lists of older versions have the recall 1 for an exact search.
+    """
+    if info["recall_pairs"]:
+        return ""
+    return "exact search" if info.get("exact", info["recall"] is not None) else "no image was compared"

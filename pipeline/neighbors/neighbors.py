@@ -150,8 +150,8 @@ class Neighbors(Stage):
             self.config.warn_if_few(visible["visible"], self.database.label)
         return Output(files={"usage.npy": scratch / "usage.npy"}, info=visible | {
             "missing": sum(info["missing"] for info in infos), "k": self.config.k, "database": self.database.label,
-            "scores": counts.tolist(), "recall": 1.0 if self._exact else None if recall is None else round(recall, 4),
-            "recall_pairs": checked, "rows": len(usage), "never_used": int((usage == 0).sum()),
+            "scores": counts.tolist(), "recall": None if recall is None else round(recall, 4),
+            "recall_pairs": checked, "exact": self._exact, "rows": len(usage), "never_used": int((usage == 0).sum()),
             "most_used": int(usage.max(initial=0))})
 
     @property

@@ -16,7 +16,7 @@ from pipeline.indices.searcher import IndexLists
 from pipeline.neighbors import neighbors
 from pipeline.neighbors.by_list import bytes_per_query
 from pipeline.neighbors.config import NeighborsConfig
-from pipeline.neighbors.files import load_neighbors
+from pipeline.neighbors.files import load_neighbors, why_recall_is_unknown
 from pipeline.neighbors.neighbors import Neighbors
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
@@ -184,7 +184,9 @@ def test_the_manifest_has_the_use_and_distance_of_rows(database, dataset, tmp_pa
     assert info["rows"] == 900 and sum(info["scores"]) == (ids >= 0).sum()
     bins = np.clip((scores[ids >= 0] + 1) * 50, 0, 99).astype(int)
     assert abs(np.bincount(bins, minlength=100) - info["scores"]).sum() <= 4  # on the bounds
-    assert info["recall"] == 1.0
+    # Nothing is compared: the search itself is exact.
+    assert (info["recall"], info["recall_pairs"], info["exact"]) == (None, 0, True)
+    assert why_recall_is_unknown(info) == why_recall_is_unknown({"recall": 1.0, "recall_pairs": 0}) == "exact search"
 
 
 def test_recall_is_measured_against_exact_search(tmp_path):
