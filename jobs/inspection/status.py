@@ -27,6 +27,7 @@ from pipeline.stages.types import Item
 _SILENT_S = 120.0
 _OF_A_DATASET = ("shards", "embeddings", "index")
 _OF_SOME = ("text_embeddings", "clip-retrieval", "tombstones", "latents")
+_OF_ALL_SAMPLES = (*_OF_A_DATASET, "text_embeddings", "latents")
 COUNT_PARAMETERS = ("import", "convert")
 """Stages of a run whose manifests count the parameters of the network as their samples."""
 _POINTER = {"version": str, "number?": int, "published?": NUMBER, "checked?": NUMBER,
@@ -74,7 +75,11 @@ def _mark(root: str, version: str, states: list[dict[str, Any]], published: bool
         except ValueError as error:
             states = [*states, {"path": f"{version}/gates.json", "state": "damaged",
                                 "error": str(error).splitlines()[0]}]
-    return [state | {"published": published, **({"failed_gates": gates} if gates else {})} for state in states]
+    # The vectors of samples that a rebuild removed stay where they are, in every stage with a row for each sample.
+    removed = next((state["removed"] for state in states if state.get("removed")), 0)
+    return [state | {"published": published, **({"failed_gates": gates} if gates else {}),
+                     **({"removed": removed} if removed and state["path"].split("/")[-1] in _OF_ALL_SAMPLES else {})}
+            for state in states]
 
 
 def status_table(root: str, states: list[dict[str, Any]]) -> str:
@@ -208,8 +213,9 @@ def _detail(state: dict[str, Any]) -> str:
     if "samples" in state:
         return "; ".join(filter(None, [
             f"{state['samples']} parameters" if state.get("stage") in COUNT_PARAMETERS else
-            f"{state['samples']} samples, {format_bytes(state['bytes'])}",
-            f"{state['removed']} of them removed" if state.get("removed") else "",
+            f"{state['samples']} rows hidden" if state.get("stage") == "tombstones" else
+            f"{state['samples'] - state.get('removed', 0)} samples, {format_bytes(state['bytes'])}",
+            f"{state['removed']} removed" if state.get("removed") else "",
             progress_bar.describe_losses(state, state["path"]),
             progress_bar.describe_devices(state.get("devices", {})),
             progress_bar.describe_retired(state.get("retired", []))]))

@@ -37,7 +37,7 @@ from pipeline.stages.documents import check_plan, check_shape
 from pipeline.stages.plan import clear_folder
 from pipeline.stages.scratch import scratch_folder
 from pipeline.stages.stage import Stage
-from pipeline.stages.types import StageFailed
+from pipeline.stages.types import StageFailed, count_row_failures
 from pipeline.versions import gates
 from pipeline.versions.compare_files import Compare
 from pipeline.versions.gates import Gate
@@ -283,6 +283,7 @@ class Rebuild:
             data = release_files.write_release(dataset, {
                 "number": number, "base": before.version or None, "source": self.source.digest,
                 "samples": shards["totals"]["samples"] - shards["info"].get("dead", 0),
+                "left_out": count_row_failures(shards["totals"]["skipped"]),
                 "recall@10": gates.recall(dataset), "encoder": dataset_encoder(dataset), "queries": texts,
                 "change": shards["info"]["change"], "gates": [vars(gate) for gate in results]})
             if before.publish(dataset, data, number, **hidden):

@@ -62,7 +62,7 @@ def list_versions(root: str, name: str) -> list[dict[str, Any]]:
                                "pinned_by": pinned.get(version, []),
                                "at": document["published"] if document else None,
                                "until": _when(current.unpublished_since(version))}
-        for key in ("samples", "recall@10", "change", "base"):
+        for key in ("samples", "left_out", "recall@10", "change", "base"):
             about[key] = release.get(key) if release else None
         if release is None and not damaged:
             about |= _failed_gates(dataset)
@@ -104,7 +104,8 @@ def versions_table(versions: list[dict[str, Any]]) -> str:
         state = "not in the history" if state == "released" and not version["in_history"] else state
         state = describe_failed_gates(version.get("failed_gates", ())) or state
         date = "" if version["at"] is None else f"published {format_time(version['at'])}"
-        remarks = [date, f"{version['samples']} samples" if version["samples"] is not None else "",
+        lost = f", {version['left_out']} left out" if version["left_out"] else ""
+        remarks = [date, f"{version['samples']} samples{lost}" if version["samples"] is not None else "",
                 f"recall@10 {version['recall@10']:.3f}" if version["recall@10"] is not None else "", change,
                 f"used by {', '.join(version['pinned_by'])}" if version["pinned_by"] else ""]
         rows.append([version["version"], state, "; ".join(part for part in remarks if part)])

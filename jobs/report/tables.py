@@ -19,7 +19,7 @@ from jobs.telemetry import progress_bar
 from jobs.telemetry.units import flat_settings, format_count, format_number, format_share
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
-from pipeline.stages.types import count_row_failures
+from pipeline.stages.types import count_row_failures, is_ledger
 
 _LEDGER_LINES = 20
 _FAILURES = 20
@@ -35,7 +35,7 @@ def headline(root: RootContents) -> Markup | None:
     if corpora:
         shown.append((format_count(sum(corpora)), "images in the corpus"))
     if shards:
-        kept = sum(manifest["totals"]["samples"] for manifest in shards)
+        kept = sum(manifest["totals"]["samples"] - manifest["info"].get("dead", 0) for manifest in shards)
         lost = sum(count_row_failures(manifest["totals"]["skipped"]) for manifest in shards)
         is_unknown = lost < sum(sum(manifest["totals"]["skipped"].values()) for manifest in shards)
         share = (f", {'at most ' * is_unknown}{_percent(kept, lost)} of the images given" if lost or is_unknown
@@ -200,8 +200,9 @@ def failures(root: RootContents) -> Markup | None:
 def _read_ledger(root: RootContents, path: str) -> Iterator[dict[str, Any]]:
     for record in root.sealed(path)["items"]:
         for entry in record["files"]:
-            if entry["name"].startswith("ledger/"):
-                text = storage.read_bytes(storage.file_below(storage.join(root.address, path), entry["name"])).decode()
+            if is_ledger(entry["name"]):
+                url = storage.manifest_file_url(storage.join(root.address, path), entry["name"])
+                text = storage.read_bytes(url).decode()
                 yield from map(json.loads, text.splitlines())
 
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.row_columns import SCORES, list_scores
 from pipeline.formats import parquet
+from pipeline.stages.types import is_ledger
 
 _STAGES = ("shards", "embeddings", "text_embeddings", "latents")
 _SUCCESS = "success"
@@ -80,5 +81,5 @@ def ledger_entries(dataset: Dataset, names: set[str], item: str = "") -> list[di
 def _read_ledger(dataset: Dataset, stage: str, item: str) -> Iterator[dict[str, Any]]:
     for record in dataset.manifest(stage)["items"]:
         for entry in record["files"]:
-            if entry["name"].startswith(f"ledger/{item}"):
+            if is_ledger(entry["name"]) and entry["name"].rpartition("/")[2].startswith(item):
                 yield from map(json.loads, dataset.fetch(stage, entry).read_text().splitlines())

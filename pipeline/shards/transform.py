@@ -42,6 +42,7 @@ def transform_row(config: "ShardConfig", row: Row, keys: list[str], read: Callab
 
     `read` gives the image's bytes if the row does not have them. Bytes whose sha256 is `refused` give no sample.
     """
+    sha256 = ""
     try:
         data = _encoded_image(row, read)
         sha256 = hashlib.sha256(data).hexdigest()
@@ -71,7 +72,7 @@ def transform_row(config: "ShardConfig", row: Row, keys: list[str], read: Callab
             _add_sample(result, config, meta, keys[0], resized,
                         data if unchanged else encode(resized, config.format, config.quality))
     except BadImage as bad:
-        result = failed_row(row, keys[0], bad)
+        result = failed_row(row, keys[0], bad, sha256 if bad.reason != FORGOTTEN else "")
     return result
 
 
@@ -98,12 +99,13 @@ def _add_sample(result: RowResult, config: "ShardConfig", meta: dict[str, Any], 
     result.images.append(data)
 
 
-def failed_row(row: Row, key: str, bad: BadImage) -> RowResult:
-    """The result of a row that gives no sample."""
+def failed_row(row: Row, key: str, bad: BadImage, sha256: str = "") -> RowResult:
+    """The result of a row that gives no sample. `sha256` is that of its bytes, if they were read."""
     status = NOT_FETCHED if isinstance(bad, NotFetched) else NOT_USABLE
     detail = storage.redact_credentials(bad.detail)
     name = source_name(row) or f"row {row.number}"
-    return RowResult([bare_row(row) | {"key": key, "status": status, "error_message": f"{bad.reason}: {detail}"}],
+    return RowResult([bare_row(row) | {"key": key, "status": status, "error_message": f"{bad.reason}: {detail}",
+                                       "original_sha256": sha256 or None}],
                      entries=[Entry(name, bad.reason, detail),
                               *(Entry(name, *split_remark(remark), kept=True) for remark in row.remarks)])
 

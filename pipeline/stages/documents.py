@@ -46,7 +46,7 @@ _PROGRESS = {"updated": NUMBER, "items": int, "of_items": int, "rows": int, "sam
              "retried": int, "bytes": int, "rows_per_s": NUMBER, "seconds_left": (int, float, type(None)),
              "skipped": _COUNTS, "failed_items": int, "retired?": _RETIRED, "devices?": _COUNTS,
              "empty?": int}
-_RELEASE = {"manifests": {"*": str}, "content": str, "number": int, "samples": int,
+_RELEASE = {"manifests": {"*": str}, "content": str, "number": int, "samples": int, "left_out?": int,
             "recall@10": (int, float, type(None)), "base?": (str, type(None)), "change?": _COUNTS, "queries?": [str]}
 _SEALED = _MANIFEST | {
     "format": int, "info": dict, "run": {"seconds": NUMBER, "sealed": str, "retired?": _RETIRED, "devices?": _COUNTS},

@@ -54,6 +54,11 @@ class Entry:
     kept: bool = False
 
 
+def is_ledger(name: str) -> bool:
+    """Whether a file of a manifest is a ledger, in this folder or in the one that it was taken over from."""
+    return name.split("/")[-2:-1] == ["ledger"]
+
+
 @dataclass
 class Output:
     """The output of `process`: local files by their names in the stage folder, and counts."""

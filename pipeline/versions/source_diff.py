@@ -139,11 +139,15 @@ class SourceDiff:
         """Numbers of the rows that are new or changed, ascending."""
         return np.flatnonzero(_bools(self.listing()["fresh"]))
 
-    def live_rows(self) -> dict[str, np.ndarray]:
-        """For each shard of the last version the rows that became samples and stay, ascending; empty ones left out."""
+    def live_rows(self, *, failed: bool = False) -> dict[str, np.ndarray]:
+        """For each shard of the last version the rows that became samples and stay, ascending; empty ones left out.
+
+        `failed`: instead the rows that gave no sample and stay.
+        """
         listing = self.listing().select(["shard", "row", "status", "fresh"])
+        is_chosen = (pc.not_equal if failed else pc.equal)(listing["status"], SUCCESS)
         listing = listing.filter(pc.and_(pc.invert(listing["fresh"]), pc.and_(
-            pc.equal(listing["status"], SUCCESS), pc.not_equal(listing["shard"], ""))))
+            is_chosen, pc.not_equal(listing["shard"], ""))))
         shards = pc.unique(listing["shard"])
         codes, rows = pc.index_in(listing["shard"], value_set=shards).to_numpy(), listing["row"].to_numpy()
         order = np.lexsort((rows, codes))

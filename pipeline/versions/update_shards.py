@@ -1,6 +1,7 @@
 """The stage that packs changed rows and keeps unchanged shards."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.media import tars
 from pipeline.rows.rows import ReadReport, Row, read_rows, write_rows
-from pipeline.shards.metadata import FORGOTTEN
+from pipeline.shards.metadata import FORGOTTEN, SUCCESS, add_image_positions
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
-from pipeline.stages.types import Item, Output
+from pipeline.stages.types import Entry, Item, Output, is_ledger
 from pipeline.storage import name_by_content
 from pipeline.versions.listing import (
     DEAD,
@@ -85,30 +86,40 @@ class Update(Shard):
 
     def _plan_last(self, last: Dataset) -> Iterator[Item]:
         """The items for the shards of the last version."""
-        hidden, live, offset = hidden_rows.read_hidden_rows(last), self.diff.live_rows(), 0
+        hidden, offset = hidden_rows.read_hidden_rows(last), 0
+        live, failed = self.diff.live_rows(), self.diff.live_rows(failed=True)
         work = []
         for record in last.manifest("shards")["items"]:
             end = offset + record["samples"]
             dead = hidden[np.searchsorted(hidden, offset):np.searchsorted(hidden, end)] - offset
-            work.append((record, dead, live.get(record["id"], np.zeros(0, np.int64))))
+            work.append((record, dead, *(rows.get(record["id"], np.zeros(0, np.int64)) for rows in (live, failed))))
             offset = end
         yield from (item for item in map_in_order(lambda arguments: self._plan_shard(last, *arguments), work) if item)
 
-    def _plan_shard(self, last: Dataset, record: dict[str, Any], dead: np.ndarray, live: np.ndarray) -> Item | None:
+    def _plan_shard(self, last: Dataset, record: dict[str, Any], dead: np.ndarray, live: np.ndarray,
+                    failed: np.ndarray) -> Item | None:
         """The item for a shard of the last version: it stays, or is written again. None: it is removed.
 
-        `dead` are hidden samples, `live` the rows of the source, at that time, that are still in it.
+        `dead` are hidden samples. `live` and `failed` are the rows of the source, at that time, that are still in it:
+        those that became samples, and those that gave none.
         """
         positions, forgotten = self._gone_samples(last, record, dead, live)
-        if len(positions) == record["samples"]:
+        if len(positions) == record["samples"] and not len(failed):
             return None
         inputs = {"last": record, "version": last.version, "count": record["info"].get("rows", record["samples"])}
-        if not positions:
-            return Item(record["id"], inputs)
-        sift = forgotten or len(positions) > self.rewrite * record["samples"]
-        data = json.dumps(positions).encode()
-        name = name_by_content(f"rows/gone-{record['id']}.json", data)
-        return Item(record["id"], inputs | {"gone": name, "sift": sift}, ((name, data),))
+        carries: list[tuple[str, bytes]] = []
+
+        def carry(name: str, rows: list[int]) -> str:
+            data = json.dumps(rows).encode()
+            carries.append((name_by_content(f"rows/{name}-{record['id']}.json", data), data))
+            return carries[-1][0]
+
+        if record["skipped"] or any(is_ledger(file["name"]) for file in record["files"]):
+            inputs["failed"] = carry("failed", failed.tolist())
+        if positions:
+            inputs |= {"gone": carry("gone", positions),
+                       "sift": forgotten or len(positions) > self.rewrite * record["samples"]}
+        return Item(record["id"], inputs, tuple(carries))
 
     def _gone_samples(self, last: Dataset, record: dict[str, Any], dead: np.ndarray,
                       live: np.ndarray) -> tuple[list[int], bool]:
@@ -127,27 +138,58 @@ class Update(Shard):
         if "last" not in item.inputs:
             return super().process(item, scratch)
         record, base = item.inputs["last"], self.dataset.other_version(item.inputs["version"])
-        positions = (json.loads(storage.read_bytes(storage.file_below(self.folder, item.inputs["gone"])))
-                if "gone" in item.inputs else [])
+        positions, failed = (json.loads(storage.read_bytes(storage.file_below(self.folder, item.inputs[name])))
+                             if name in item.inputs else [] for name in ("gone", "failed"))
         if item.inputs.get("sift"):
-            return self._without(item, base, record, set(positions), scratch)
+            return self._without(item, base, record, set(positions), failed, scratch)
         keys = succeeded_rows(read_metadata(base, record, ["key", "status"]))["key"].to_pylist() if positions else []
         counts = {name: value for name, value in record["info"].items() if name in {"rows", "filtered"}}
-        return Output(record["samples"], info=counts | {"kept": record["samples"]}
-                      | ({"dead": [keys[row] for row in positions]} if positions else {}),
-                      counts=(record["skipped"], record["noted"]),
-                      external_files=[reference(base, "shards", self.dataset, entry) for entry in record["files"]])
+        output = Output(record["samples"], info=counts | {"kept": record["samples"]}
+                        | ({"dead": [keys[row] for row in positions]} if positions else {}),
+                        counts=(record["skipped"], record["noted"]),
+                        external_files=[reference(base, "shards", self.dataset, entry) for entry in record["files"]])
+        if "failed" in item.inputs:
+            failures = read_metadata(base, record, ["source_row", "status", "url"])
+            output.counts, output.ledger = None, self._ledger(base, record, failures, failed)
+            output.external_files = [entry for entry in output.external_files if not is_ledger(entry["name"])]
+        return output
 
-    def _without(self, item: Item, base: Dataset, record: dict[str, Any], positions: set[int], scratch: Path) -> Output:
-        """A shard without some of its samples, and without a trace of them."""
+    @staticmethod
+    def _ledger(base: Dataset, record: dict[str, Any], table: pa.Table, failed: list[int]) -> list[Entry]:
+        """The ledger of a shard, without the rows that gave no sample and do not stay, as they are not in `failed`.
+
+        The source has them no more, or in another form, which a newer shard counts.
+        """
+        stay = set(failed)
+        gone = Counter(name for name, status, row in zip(*_named_rows(table), strict=True)
+                       if status != SUCCESS and row not in stay)
+        entries = []
+        for line in (line for file in record["files"] if is_ledger(file["name"])
+                     for line in base.fetch("shards", file).read_text().splitlines()):
+            entry = Entry(**json.loads(line))
+            if entry.kept or entry.reason == FORGOTTEN or not gone[entry.key]:
+                entries.append(entry)
+            else:
+                gone[entry.key] -= 1  # a list may name an image twice
+        return entries
+
+    def _without(self, item: Item, base: Dataset, record: dict[str, Any], positions: set[int], failed: list[int],
+                 scratch: Path) -> Output:
+        """A shard without some of its samples, and without a trace of them; `failed`: as in `_ledger`."""
         tar, parquet = scratch / "shard.tar", scratch / "shard.parquet"
         there = base.fetch("shards", file_of(record, ".tar"), check=True)
         tars.write(tar, (sample for row, sample in enumerate(tars.read(there)) if row not in positions))
-        table = succeeded_rows(read_metadata(base, record))
-        pq.write_table(table.take([row for row in range(table.num_rows) if row not in positions]), parquet)
-        return Output(record["samples"] - len(positions), {f"{item.id}.tar": tar, f"{item.id}.parquet": parquet},
-                      info={"rows": record["samples"] - len(positions), "sifted": record["samples"] - len(positions),
-                            "of": file_of(record, ".tar")["sha256"]})
+        table = read_metadata(base, record)
+        is_sample = pc.equal(table["status"], SUCCESS).to_numpy()
+        stays = ~is_sample & np.isin(table["source_row"].to_numpy(), failed)
+        stays[np.delete(np.flatnonzero(is_sample), sorted(positions))] = True
+        remaining = table.filter(pa.array(stays))
+        pq.write_table(add_image_positions(remaining, tars.image_positions(tar)), parquet)
+        names = set(_named_rows(remaining)[0])
+        samples = record["samples"] - len(positions)
+        return Output(samples, {f"{item.id}.tar": tar, f"{item.id}.parquet": parquet},
+                      [entry for entry in self._ledger(base, record, table, failed) if entry.key in names],
+                      info={"rows": remaining.num_rows, "sifted": samples, "of": file_of(record, ".tar")["sha256"]})
 
     def _rows(self, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
         return read_rows(self.folder, inputs)
@@ -173,6 +215,13 @@ class Update(Shard):
         return pa.table([table["source_row"], pc.fill_null(table["original_sha256"], ""),
                          pa.array([record["id"]] * table.num_rows, pa.string()), table["source_row"],
                          pc.if_else(left_out, FORGOTTEN, table["status"])], _FILLED.names).cast(_FILLED)
+
+
+def _named_rows(table: pa.Table) -> tuple[list[str], list[str], list[int]]:
+    """The names of rows in a ledger, their status and their numbers."""
+    rows = table["source_row"].to_pylist()
+    return [name or f"row {row}" for name, row in zip(table["url"].to_pylist(), rows, strict=True)
+            ], table["status"].to_pylist(), rows
 
 
 def _fill(listing: pa.Table, filled: pa.Table) -> pa.Table:

@@ -21,11 +21,14 @@ from jobs.publishing.rebuild import GatesFailed, run_rebuild
 from jobs.publishing.releases import list_versions, versions_table
 from jobs.report.report import write_report
 from pipeline import storage
-from pipeline.datasets import hidden_rows, published, release_files
+from pipeline.datasets import find_row, hidden_rows, published, release_files
+from pipeline.datasets.dataset import file_of
 from pipeline.datasets.embeddings import Embeddings
+from pipeline.datasets.metadata import metadata
 from pipeline.datasets.published import Published
 from pipeline.downloads.config import DownloadConfig
 from pipeline.indices.searcher import Searcher
+from pipeline.media import tars
 from pipeline.stages.driver import run_stage
 from pipeline.storage import files
 from pipeline.versions.config import GatesConfig
@@ -67,8 +70,9 @@ def test_only_changed_images_are_processed_again(place: Path, capsys: pytest.Cap
     hidden = hidden_rows.read_hidden_rows(published_dataset(root))
     assert np.isin(hidden, ids).sum() == 0 and len(hidden) == 3
     capsys.readouterr()
-    assert main(["status", "--root", str(root)]) == 0 and "75 samples, " in (shown := capsys.readouterr().out)
-    assert "; 3 of them removed" in shown
+    assert main(["status", "--root", str(root)]) == 0
+    shown = capsys.readouterr().out
+    assert [shown.count(words) for words in ("; 72 samples, ", "; 3 removed")] == [3, 3]
     assert [entry["rows"] for entry in list_contents(str(root)) if entry["path"].endswith("drawn/v2")] == [72]
     # Bytes of shards that stayed were not copied.
     tars = [path.name for path in (root / "datasets" / NAME / "v2" / "shards").glob("*.tar")]
@@ -87,9 +91,43 @@ def test_a_shard_that_lost_much_is_written_again(place: Path) -> None:
     dataset = published_dataset(place / "root")
     assert dataset.manifest("shards")["totals"]["samples"] == 60 and not dataset.is_sealed("tombstones")
     assert main(["verify", "--root", str(place / "root")]) == 0
+    for record in dataset.manifest("shards")["items"]:
+        positions = [(row["image_offset"], row["image_bytes"])
+                     for row in metadata(dataset, record, ["image_offset", "image_bytes"])]
+        np.testing.assert_array_equal(positions, tars.image_positions(dataset.fetch("shards", file_of(record, ".tar"))))
     # From a version of which nothing is left but what was taken over, another.
     paint(place / "source" / "added.png", 5)
     assert rebuild(place / "root", place / "source")["embedded"] == 1
+
+
+def test_a_damaged_image_is_counted_once_in_every_version(place: Path) -> None:
+    root, source = place / "root", place / "source"
+    for name in ("bad.png", "worse.png"):
+        (source / name).write_text(f"{name} is no picture")
+    paint(source / "new.png", 7)
+    assert rebuild(root, source)["added"] == 3
+
+    def failures() -> tuple[dict[str, int], int, list[str], list[str]]:
+        dataset = published_dataset(root)
+        return (dataset.manifest("shards")["totals"]["skipped"], list_versions(str(root), NAME)[-1]["left_out"],
+                *([entry["reason"] for entry in find_row.ledger_entries(dataset, {name}) if not entry["kept"]]
+                  for name in ("bad.png", "worse.png")))
+
+    assert failures() == ({"not_a_picture": 2}, 2, ["not_a_picture"], ["not_a_picture"])
+    os.utime(source / "bad.png")  # looks new, and has the same bytes
+    (source / "worse.png").unlink()
+    paint(source / "newer.png", 8)
+    summary = rebuild(root, source)
+    assert (summary["kept"], summary["added"], summary["changed"], summary["removed"]) == (74, 1, 0, 1)
+    assert failures() == ({"not_a_picture": 1}, 1, ["not_a_picture"], [])
+    # The shard of the damaged image has no other image any more.
+    (source / "new.png").unlink()
+    rebuild(root, source)
+    assert failures() == ({"not_a_picture": 1}, 1, ["not_a_picture"], []) and main(["verify", "--root", str(root)]) == 0
+    (source / "bad.png").write_text("still no picture")
+    assert rebuild(root, source)["changed"] == 1
+    assert failures() == ({"not_a_picture": 1}, 1, ["not_a_picture"], [])
+    assert list_versions(str(root), NAME)[-1]["samples"] == 73
 
 
 def test_a_list_of_urls_is_rebuilt(tmp_path: Path, place: Path) -> None:
