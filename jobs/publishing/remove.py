@@ -43,10 +43,18 @@ class Removal:
     bytes: int
     published: Published | None = None
     """The pointer, if the folder is a published dataset."""
+    blocked_by: tuple[str, ...] = ()
+    """The folders that must be removed first, in this order."""
 
     def document(self) -> dict[str, Any]:
         """The removal as JSON."""
         return {"removed": self.path, "stages": list(self.stages), "files": self.files, "bytes": self.bytes}
+
+    def refuse_blocked(self) -> None:
+        """ValueError if other folders depend on this one."""
+        if self.blocked_by:
+            raise ValueError(f"{self.path} cannot be removed: {format_count(len(self.blocked_by), 'folder')} made from "
+                             f"it: {', '.join(self.blocked_by)}\nhint: python -m jobs rm {self.blocked_by[0]}")
 
 
 def plan_removal(root: str, path: str, stages: Sequence[str], keys: ReleaseKeys | None = None, *,
@@ -55,8 +63,8 @@ def plan_removal(root: str, path: str, stages: Sequence[str], keys: ReleaseKeys 
 
     `published`: also a dataset with published versions; `keys` sign that it was removed.
 
-    ValueError if there is no such folder, if it is published and `published` is not set, or if something outside
-    depends on it. DamagedFile if the plan of a folder outside is damaged: it may depend on it.
+    ValueError if there is no such folder, or if it is published and `published` is not set. DamagedFile if the plan
+    of a folder outside is damaged: it may depend on it.
     """
     root = storage.normalize(root)
     parent, _, name = storage.join(root, path).rpartition("/")
@@ -72,15 +80,21 @@ def plan_removal(root: str, path: str, stages: Sequence[str], keys: ReleaseKeys 
     if current and not current.is_removed:
         current.keys.refuse_unsigned(current.name, current.document)
     inputs = {stage: _read_inputs(root, stage, is_removed=is_within(stage, path)) for stage in stages}
-    users = [stage for stage, paths in inputs.items() if not is_within(stage, path)
-             and any(is_within(used, path) for used in paths)]
-    if users := sorted({*users, *_versions_with_files(root, path)}):
-        outermost = [user for user in users if not any(is_within(user, other) for other in users if other != user)]
-        raise ValueError(f"{path} cannot be removed: {format_count(len(outermost), 'folder')} made from it: "
-                         f"{', '.join(outermost)}\nhint: python -m jobs rm {outermost[0]}")
     own = {stage: paths for stage, paths in inputs.items() if is_within(stage, path)}
     sizes = [length or 0 for _, length in storage.walk(storage.join(root, path))] if is_there else []
-    return Removal(root, path, tuple(_removal_order(own)), len(sizes), sum(sizes), current)
+    return Removal(root, path, tuple(_removal_order(own)), len(sizes), sum(sizes), current,
+                   _blockers(root, path, inputs))
+
+
+def _blockers(root: str, path: str, inputs: dict[str, list[str]]) -> tuple[str, ...]:
+    """The folders outside `path` that were made from it, also by way of others, in an order of removal."""
+    users, found = set(_versions_with_files(root, path)), {path}
+    while found:
+        found = {stage for stage, paths in inputs.items() if not is_within(stage, path) and stage not in users
+                 and any(is_within(used, place) for used in paths for place in found | users)}
+        users |= found
+    order = _removal_order({user: inputs.get(user, []) for user in users})
+    return tuple(user for user in order if not any(is_within(user, other) for other in users if other != user))
 
 
 def _read_pointer(root: str, path: str, keys: ReleaseKeys | None) -> Published | None:

@@ -45,9 +45,9 @@ def train_process(job: Job, stop: Callable[[], bool] | None = None, view: Traini
     batches = Batches(job.dataset, job.database, k=job.config.k, global_batch=job.config.global_batch,
                       seed=job.config.seed, rank=rank, world=world, latents=job.latents,
                       own=job.config.own, size=job.config.image_size)
-    if rank == 0 and (len(batches.forgotten) or len(batches.forgotten_neighbors)):
+    if rank == 0 and (len(batches.forgotten) or len(batches.hidden_neighbors)):
         _log.warning("train: batches leave out %d forgotten images of %s, and %d neighbors in %s",
-                     len(batches.forgotten), job.dataset.label, len(batches.forgotten_neighbors), job.database.label)
+                     len(batches.forgotten), job.dataset.label, len(batches.hidden_neighbors), job.database.label)
     validate: Callable[[int, UNet], dict[str, Any]] | None = None
     if job.validation:
         validate = Validation(job, job.validation) if rank == 0 else _validate_on_rank_0

@@ -10,7 +10,8 @@ A batch is a dict of arrays:
 | rows | (B,) int64 | global rows |
 | own | (B, D) float16 | vectors of the images or of their captions, if requested |
 
-A forgotten image is never in a batch: another row takes its place, and as a neighbor it counts as missing.
+A forgotten image is never in a batch: another row takes its place, and as a neighbor it counts as missing. A row of the
+database that was hidden after the neighbor lists were made counts as missing too.
 """
 
 from functools import partial
@@ -24,6 +25,7 @@ from pipeline.batches.order import Order
 from pipeline.batches.prefetch import Prefetcher
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
+from pipeline.datasets.hidden_rows import read_hidden_rows
 from pipeline.datasets.takedowns import read_forgotten_rows
 from pipeline.neighbors.files import has_vectors, neighbor_files
 
@@ -56,9 +58,9 @@ class Batches:
         self.vectors = None if has_vectors(dataset, database) else Embeddings(database)
         self.lists = self._lists(database, ".ids.npy" if self.vectors else ".vectors.npy")
         self.forgotten = ForgottenRows(dataset, self.offsets)
-        self.forgotten_neighbors = self.forgotten.rows if database == dataset else read_forgotten_rows(database)
+        self.hidden_neighbors = self._hidden_neighbors(database)
         self.ids = (self._lists(database, ".ids.npy")
-                    if self.vectors is None and len(self.forgotten_neighbors) else self.lists)
+                    if self.vectors is None and len(self.hidden_neighbors) else self.lists)
         self.own = Embeddings(dataset, OWN[own]) if own != "none" else None
         self.latents = self._latents() if latents else None
         self.pictures = None if latents else DatasetImages(dataset, size, decoded_bytes, threads)
@@ -82,6 +84,12 @@ class Batches:
                              f"sample\nhint: a smaller --k, or python -m jobs neighbors {self.dataset.label} "
                              f"--database {database.label} --k {self.k} --overwrite")
         return lists
+
+    def _hidden_neighbors(self, database: Dataset) -> np.ndarray:
+        """The rows of the database that were forgotten, or hidden since its neighbor lists were made, ascending."""
+        if "tombstones" in self.dataset.manifest(f"neighbors/{database.label}").get("inputs", {}):
+            return read_forgotten_rows(database)
+        return read_hidden_rows(database)
 
     def _latents(self) -> Prefetcher[np.ndarray]:
         records = self.dataset.manifest("latents")["items"]
@@ -118,9 +126,10 @@ class Batches:
     def _neighbors(self, rows: np.ndarray) -> np.ndarray:
         places = self._places(rows)
         neighbors = self._stack(self.lists, places)
-        if len(self.forgotten_neighbors):
+        if len(self.hidden_neighbors):
             ids = neighbors if self.vectors else self._stack(self.ids, places)
-            neighbors[np.isin(ids, self.forgotten_neighbors)] = -1 if self.vectors else 0
+            places_of_ids = np.searchsorted(self.hidden_neighbors[:-1], ids)  # np.isin sorts all of them each time
+            neighbors[self.hidden_neighbors[places_of_ids] == ids] = -1 if self.vectors else 0
         return self.vectors.rows(neighbors) if self.vectors else neighbors
 
     def _stack(self, lists: Prefetcher[np.ndarray], places: list[tuple[int, int]]) -> np.ndarray:

@@ -37,6 +37,14 @@ class DemoCorpus(Stage):
     def command(self) -> str:
         return f"python -m jobs demo --root {self.root}"
 
+    @property
+    def replacement(self) -> str:
+        return f"python -m jobs rm {self.path} --root {self.root}; then {self.command}"
+
+    @property
+    def alternative(self) -> str:
+        return "choose another --root"
+
     def inputs(self) -> dict[str, dict[str, Any]]:
         sources = emoji.sources(self.cache) if self.config.corpus == "emoji" else drawn.sources()
         return {source["package"]: {"path": "", "digest": source["version"]} for source in sources}

@@ -40,7 +40,8 @@ class Neighbors(Stage):
     """The stage from a dataset and a database to neighbors/<database>: ids and scores, (N_i, k)."""
 
     name = "neighbors"
-    growing_inputs = frozenset({"forgotten"})  # batches leave out what was forgotten later
+    growing_inputs = frozenset({"forgotten"})  # batches leave out what was forgotten or hidden later
+    optional_inputs = frozenset({"tombstones"})
     record_info: ClassVar[dict[str, Any]] = {"scores": [int], "missing": int, "checked?": int, "agreed?": int}
 
     def __init__(self, dataset: Dataset, database: Dataset, config: NeighborsConfig) -> None:

@@ -94,7 +94,7 @@ def stale_inputs(stage: Stage, claim: Claim) -> str:
     if not changed:
         return ""
     return (f"{stage.name}: {', '.join(changed)} changed since {stage.folder} was planned: expected the content that "
-            f"plan.json names, got another\nhint: {stage.command} --overwrite")
+            f"plan.json names, got another\nhint: {stage.replacement}")
 
 
 def without_run_facts(manifest: dict[str, Any]) -> dict[str, Any]:

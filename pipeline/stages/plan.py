@@ -129,7 +129,7 @@ def refuse_replaced_plan(stage: Stage) -> None:
     if there != claim.fingerprint:
         raise PlanReplaced(f"{stage.name}: {stage.folder} was planned again or removed while this command ran: "
                            f"expected the plan {claim.fingerprint[:12]}, got {there[:12]}\n"
-                           f"hint: {stage.command} --overwrite, once no other command works on this folder")
+                           f"hint: {stage.replacement}, once no other command works on this folder")
 
 
 def read_items(folder: str) -> Sequence[Item]:
@@ -152,7 +152,7 @@ def count_rows(stage: Stage, items: Sequence[Item]) -> int:
         return sum(map(stage.rows, items))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise storage.DamagedFile(f"the items in {storage.join(stage.folder, 'plan.json')} are damaged: {error!r}\n"
-                                  f"hint: {stage.command} --overwrite") from error
+                                  f"hint: {stage.replacement}") from error
 
 
 def write_item_list(items: Iterable[Item], name: str, put: Callable[[str, bytes], None]) -> Any:
@@ -261,7 +261,7 @@ def _disagreement(stage: Stage, claimed: dict[str, Any], inputs: dict[str, Any])
     moved = [name for name, described in inputs.items() if described != claimed["inputs"].get(name)]
     changed = f"; what it is made from has changed: {', '.join(moved)}" if moved else ""
     more = (f"; or python -m jobs rebuild {stage.path.split('/')[1]} --source SOURCE" if _is_released(stage) else
-            f"; or replace this one: {stage.command} --overwrite")
+            f"; or replace this one: {stage.replacement}")
     return (f"{stage.folder} was planned with other settings or inputs ({differing}){changed}\n"
             f"hint: {stage.alternative}{more}")
 

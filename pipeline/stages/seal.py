@@ -112,8 +112,8 @@ def _create_manifest(stage: Stage, manifest: dict[str, Any], data: bytes) -> dic
         if sealed.get("fingerprint") == manifest["fingerprint"]:
             if sealed["content"] != manifest["content"]:
                 raise StageFailed(f"{stage.name}: another command sealed {stage.folder} with other content: expected "
-                                  f"{manifest['content'][:12]}, got {sealed['content'][:12]}\nhint: {stage.command} "
-                                  f"--overwrite, once no other command works on this folder")
+                                  f"{manifest['content'][:12]}, got {sealed['content'][:12]}\n"
+                                  f"hint: {stage.replacement}, once no other command works on this folder")
             return read_manifest(stage.folder, stage.command)
         refuse_replaced_plan(stage)
         if storage.swap_bytes(data, url, there):

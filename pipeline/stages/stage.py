@@ -61,6 +61,11 @@ class Stage(ABC):
         return f"python -m jobs {self.name}"
 
     @property
+    def replacement(self) -> str:
+        """The command line that makes this stage again, in place of what is there, for hints."""
+        return f"{self.command} --overwrite"
+
+    @property
     def alternative(self) -> str:
         """How to keep what is there and still get what is wanted, for hints."""
         return "write to another version (name@v2)"

@@ -170,7 +170,7 @@ def _refuse_other_files(stage: Stage, record: dict[str, Any], earlier: dict[str,
     if record["files"] != earlier["files"]:
         names = ", ".join(file["name"] for file in record["files"] if file not in earlier["files"])
         raise StageFailed(f"{stage.name}: two workers made item {record['id']} with different files "
-                          f"({names})\nhint: {stage.command} --overwrite, once no other command works on "
+                          f"({names})\nhint: {stage.replacement}, once no other command works on "
                           f"this folder")
 
 

@@ -35,7 +35,11 @@ class Compare(Stage):
 
     @property
     def command(self) -> str:
-        return f"python -m jobs rebuild {self.dataset.name} --root {self.root}"
+        return f"python -m jobs rebuild {self.dataset.name} --source SOURCE --root {self.root}"
+
+    @property
+    def replacement(self) -> str:
+        return f"{self.command} --full"  # another version, which compares with none
 
     def section(self) -> dict[str, Any]:
         return {}

@@ -53,6 +53,10 @@ class Update(Shard):
     def command(self) -> str:
         return f"python -m jobs rebuild {self.dataset.name} --source {' '.join(self.config.source)} --root {self.root}"
 
+    @property
+    def replacement(self) -> str:
+        return f"{self.command} --full"  # another version, made from the start
+
     def section(self) -> dict[str, Any]:
         return super().section() | {"rewrite": self.rewrite}
 

@@ -101,8 +101,11 @@ def run_rm(options: RmOptions) -> int:
                            published=options.published)
     files = f"{format_count(removal.files, 'file')}, {format_bytes(removal.bytes)}"
     if options.common.dry_run:
-        _print_removal(f"would remove {path}: {files}", removal.document() | {"dry_run": True})
-        return 0
+        first = [f"first: python -m jobs rm {user}" for user in removal.blocked_by]
+        _print_removal("\n".join([f"would remove {path}: {files}", *first]),
+                       removal.document() | {"dry_run": True, "blocked_by": list(removal.blocked_by)})
+        return 2 if removal.blocked_by else 0
+    removal.refuse_blocked()
     if not options.yes:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             flag = " --published" if options.published else ""

@@ -46,8 +46,10 @@ def test_the_same_pipeline_continues_after_other_verbs(place: tuple[Run, Run, Pa
     sealed = storage.read_json(str(root / "runs/r/manifest.json"))
     (root.parent / "again_head.py").write_text("def score(shard):\n    return shard.vectors[:, 0]\n")
     monkeypatch.syspath_prepend(root.parent)
+    (root.parent / "keys.txt").write_text("0000000005\n")
     local = ["--root", str(root), "--local"]
     for words in (["embed", "a", "--captions", *local], ["score", "a", "--head", "first=again_head:score", *local],
+                  ["index", "a", "--tombstone", str(root.parent / "keys.txt"), *local],
                   ["ls", "a", *local[:2]], ["report", *local[:2]],
                   *(["forget", "--key", f"a/000000000{number}", *local[:2]] for number in range(2))):
         assert main(words) == 0

@@ -58,6 +58,13 @@ def test_inputs_of_other_folders_are_not_removed(root: Path, capsys: pytest.Capt
         assert _rm(root, target, "--yes") == 2
         error = capsys.readouterr().err
         assert " made from it: " in error and user in error and _files(root) == before
+    # A dry run names all at once, in an order that works.
+    assert _rm(root, "drawn", "--dry-run") == 2
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["stages"] and planned["blocked_by"] == ["runs/small"] and _files(root) == before
+    assert _rm(root, "datasets/drawn/v1/shards", "--dry-run") == 2
+    blocked = json.loads(capsys.readouterr().out)["blocked_by"]
+    assert blocked[0] == "runs/small" and blocked[-1] == "datasets/drawn/v1/embeddings" and len(blocked) == 4
     assert _rm(root, "drawn", "--yes") == 2
     hinted = shlex.split(re.findall(r"hint: python -m jobs (.*)", capsys.readouterr().err)[0])
     assert main([*hinted, "--yes"]) == 0  # the run, with the samples in it
