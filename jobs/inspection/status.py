@@ -135,12 +135,19 @@ def forecast_stage(stage: Stage, *, overwrite: bool = False) -> dict[str, Any]:
             manifest = _read(stage.root, path, "manifest.json")
             if manifest and manifest.get("stage") == stage.name:
                 each.append(manifest["run"]["seconds"] / max(manifest["totals"]["items"], 1))
-    reads = sum((_read(stage.root, identity["path"], "manifest.json") or {}).get("totals", {}).get("bytes", 0)
-                for identity in stage.inputs().values() if identity["path"])
+    reads = sum(_input_bytes(stage.root, identity["path"]) for identity in stage.inputs().values() if identity["path"])
     rows = count_rows(stage, items)
     return {"stage": stage.name, "folder": stage.folder, **stage.summary(), "items": len(items), "left": items_left,
             "input_bytes": reads, **({"rows": rows} if rows else {}),
             "worker_seconds": round(items_left * sum(each) / len(each), 1) if each else None}
+
+
+def _input_bytes(root: str, path: str) -> int:
+    """Bytes of a folder that a stage reads: another stage, or a checkpoint, which has a manifest of its own form."""
+    parts = path.split("/")
+    if parts[0] == "runs" and parts[2:3] == ["checkpoints"]:
+        return sum(entry["bytes"] for entry in Run(root, parts[1]).checkpoint(int(parts[3]))["files"])
+    return (_read(root, path, "manifest.json") or {}).get("totals", {}).get("bytes", 0)
 
 
 def _paths(root: str) -> list[str]:

@@ -44,6 +44,7 @@ def neighbors(root: RootContents, dataset: Dataset, label: str, album: Album) ->
     # Lists of older versions have no distribution of scores.
     chart = histogram(info["scores"], -1, 1, "cosine similarity of all neighbors") if "scores" in info else None
     return render("neighbors.html", dataset=dataset.label, database=database.label, info=info, chart=chart,
+                  album=album,
                   unknown=why_recall_is_unknown(info) if "scores" in info else "",
                   changed=root.changed_inputs(dataset.path(name)), queries=queries, columns=ids.shape[1])
 

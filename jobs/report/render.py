@@ -68,11 +68,23 @@ class InlineImage:
 
 
 class Album:
-    """The images of a page. It inlines them until they have `budget` bytes together, then returns empty places."""
+    """The images of a page and their captions.
+
+    It inlines images until they have `budget` bytes together, then returns empty places.
+    """
 
     def __init__(self, budget: int = MOST_IMAGE_BYTES) -> None:
         self.left = budget
         self.left_out = 0
+        self._captions: set[str] = set()
+
+    def once(self, caption: str) -> str:
+        """An explanation below an image or a table; empty if the page has the same one already."""
+        caption = type(caption)(" ".join(caption.split()))
+        if caption in self._captions:
+            return ""
+        self._captions.add(caption)
+        return caption
 
     def thumbnail(self, data: bytes | None, alt: str, title: str | None = None) -> InlineImage:
         """An encoded image for a row of images of one height. An image of an extreme shape shows its middle."""

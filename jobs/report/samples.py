@@ -43,7 +43,7 @@ def sample_grid(root: RootContents, run: Run, name: str, album: Album) -> Markup
              "cells": [_cell(shown.get((position, label)), data, album) for label in labels]}
             for position in positions]
     return render("samples.html", run=run.name, name=name, changed=root.changed_inputs(path), labels=labels, rows=rows,
-                  document=document, kinds=sorted({_kind(entry) for entry in shown.values()}),
+                  album=album, document=document, kinds=sorted({_kind(entry) for entry in shown.values()}),
                   mixed=any("database" in neighbor for entry in shown.values() for neighbor in entry["neighbors"]),
                   any_held_out=any(held_out.values()), sampler=_SAMPLERS[document.get("sampler", "ddim")],
                   steps=sorted({entry["checkpoint"]["step"] for entry in shown.values()}),

@@ -12,7 +12,7 @@ from jobs.publishing.releases import describe_failed_gates
 from jobs.report.charts import loss_curve, recall_over_time
 from jobs.report.collect import RootContents
 from jobs.report.names import names_of_keys
-from jobs.report.render import render
+from jobs.report.render import Album, render
 from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from jobs.telemetry import progress_bar
@@ -75,14 +75,14 @@ def _final_loss(lines: list[dict[str, Any]]) -> float:
     return sum(last) / len(last)
 
 
-def loss(root: RootContents, run: Run) -> Markup | None:
+def loss(root: RootContents, run: Run, album: Album) -> Markup | None:
     """The loss curve of a run and its speed. None if there is no curve yet."""
     lines = read_metrics(run)
     chart = loss_curve(lines)
     if chart is None:
         return None
     rates = sorted(line["samples_per_s"] for line in lines if "samples_per_s" in line)
-    return render("loss.html", run=run.name, chart=chart, final=_final_loss(lines), last=lines[-1],
+    return render("loss.html", run=run.name, album=album, chart=chart, final=_final_loss(lines), last=lines[-1],
                   rate=rates[len(rates) // 2] if rates else None)
 
 

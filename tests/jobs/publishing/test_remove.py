@@ -58,7 +58,7 @@ def test_inputs_of_other_folders_are_not_removed(root: Path, capsys: pytest.Capt
         assert _rm(root, target, "--yes") == 2
         error = capsys.readouterr().err
         assert " made from it: " in error and user in error and _files(root) == before
-    # A dry run names all at once, in an order that works.
+    # A dry run names all of them, in an order that works.
     assert _rm(root, "drawn", "--dry-run") == 2
     planned = json.loads(capsys.readouterr().out)
     assert planned["stages"] and planned["blocked_by"] == ["runs/small"] and _files(root) == before

@@ -258,6 +258,16 @@ def test_names_of_runs_and_samples_are_text(root: Path, tmp_path: Path):
     assert all(value.startswith("data:image/") for value in document.values("src"))
 
 
+def test_a_page_explains_its_samples_once(root: Path, tmp_path: Path):
+    copy = shutil.copytree(root, tmp_path / "root")
+    for samples in [*copy.glob("runs/*/samples/*")][:1]:
+        shutil.copytree(samples, samples.with_name("again"))
+    report.write_report(str(copy), str(tmp_path / "report.html"))
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("A row starts from the same noise in every column.") == 1
+    assert text.count("guidance ") >= 2 and "again</small>" in text
+
+
 def test_an_album_has_a_limited_size():
     noise = Image.effect_noise((64, 64), 90).convert("RGB")
     assert Album().image(b"no image", "broken").source is None and Album().image(None, "none").source is None
