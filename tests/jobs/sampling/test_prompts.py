@@ -67,9 +67,14 @@ def test_each_prompt_and_image_has_several_samples(trained_root: Path, tmp_path:
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     root = str(shutil.copytree(trained_root, tmp_path / "root"))
     (tmp_path / "apple.png").write_bytes(lookup.samples(Dataset(root, "flat"), [0])[0].picture)
-    assert main(["sample", "small", "--prompts", _write(tmp_path, "txt"), "--image", str(tmp_path / "apple.png"),
-                 "--count", "3", "--unconditional", "1", "--database", "drawn", "--steps", "2", "--name", "many",
-                 "--root", root, "--local"]) == 0
+    command = ["sample", "small", "--prompts", _write(tmp_path, "txt"), "--image", str(tmp_path / "apple.png"),
+               "--count", "3", "--unconditional", "1", "--database", "drawn", "--steps", "2", "--name", "many",
+               "--root", root, "--local"]
+    assert main([*command, "--dry-run"]) == 0
+    forecast = json.loads(capsys.readouterr().out)
+    weights = sum(file.stat().st_size for file in Path(root, "runs/small/checkpoints").rglob("*.safetensors"))
+    assert forecast["left"] == 1 and forecast["input_bytes"] > weights > 0
+    assert main(command) == 0
     folder = Path(root, "runs/small/samples/many")
     document = json.loads((folder / "samples.json").read_text())
     pictures = document["pictures"]
