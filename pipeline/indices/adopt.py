@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ DEPTH = 10
 _ROWS_OF_A_SHARD, _MOST_ROWS = 16, 1 << 16
 _FEWEST_TO_JUDGE = 8  # sampled rows of a shard that say something about it alone
 _COPY = 0.9995  # rows at least so similar are as good an answer as the row itself
+_LONGER = 0.01  # share by which whole vectors may be longer or shorter, and so their scores
+_LONGER_CODES = 0.2  # the same for the median of codes
 
 
 class AdoptIndex(Index):
@@ -137,8 +140,9 @@ class AdoptIndex(Index):
         for offset, vectors in read_blocks(embeddings):
             theirs = index.reconstruct_n(offset, len(vectors))
             # Rows with NaN or infinity are equal to none.
-            lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(theirs, axis=1)
-            equal = (np.einsum("nd,nd->n", vectors, theirs) >= _COPY * lengths) & np.isfinite(lengths)
+            ours_long, theirs_long = np.linalg.norm(vectors, axis=1), np.linalg.norm(theirs, axis=1)
+            equal = (np.einsum("nd,nd->n", vectors, theirs) >= _COPY * ours_long * theirs_long) & (
+                abs(ours_long - theirs_long) <= _LONGER * ours_long)
             wrong += (offset + np.flatnonzero(~equal | (vectors.any(1) != theirs.any(1)))).tolist()
         if wrong:
             raise self._refusal("other vectors", "the vector of each row",
@@ -148,7 +152,7 @@ class AdoptIndex(Index):
         """The share of sampled rows that a search for their own vectors finds; ValueError if it is too small."""
         rows, shards = self._sample(embeddings)
         vectors = embeddings.rows(rows).astype(np.float32)
-        ids = search_in_blocks(lambda block: index.search(block, DEPTH), vectors)[1]
+        scores, ids = search_in_blocks(lambda block: index.search(block, DEPTH), vectors)
         cosines = np.einsum("bkd,bd->bk", embeddings.rows(ids).astype(np.float32), vectors)
         hits = (ids == rows[:, None]).any(1) | (cosines.min(1) >= _COPY)
         # Whole vectors lie in the list nearest to them.
@@ -165,10 +169,21 @@ class AdoptIndex(Index):
                     f"{', '.join(map(str, ids[row].tolist()))}",
                     f"are its vectors those of {embeddings.folder}, in that order? An index of short codes may pass "
                     f"with --min-self-hit")
+        if len(own := scores[ids == rows[:, None]]):
+            self._check_scores(index, float(np.median(own)), float((vectors ** 2).sum(1).mean()))
         if not hits.all():
             _log.warning("index: a search for %d of %d sampled rows did not find them, the first is row %d",
                          np.sum(~hits), len(rows), rows[int(np.argmin(hits))])
         return {"self_hit": round(float(hits.mean()), 4) if len(rows) else None, "self_hit_rows": len(rows)}
+
+    def _check_scores(self, index: faiss.Index, score: float, expected: float) -> None:
+        """ValueError if rows find themselves with another score than that of vectors of this length."""
+        # A projection (PCA) makes vectors shorter.
+        shorter = _LONGER if isinstance(index, faiss.IndexIVFFlat) else math.inf
+        longer = _LONGER if isinstance(index, faiss.IndexIVFFlat) else _LONGER_CODES
+        if not expected * (1 - shorter) <= score <= expected * (1 + longer):
+            raise self._refusal("longer or shorter vectors", f"a score of {expected:.3f} where a row finds itself",
+                                f"{score:.3f}, the median")
 
     def _sample(self, embeddings: Embeddings) -> tuple[np.ndarray, np.ndarray]:
         """Rows of every shard (Q,) int64 that are not zeros, and the number of the shard of each."""

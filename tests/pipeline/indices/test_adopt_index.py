@@ -49,7 +49,7 @@ def adopt(dataset: Dataset, file: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("key", "kind"), [
     ("Flat", "scan"), ("SQ8", "scan"), ("PQ16x4", "scan"), ("HNSW16", "graph"), ("IVF16,Flat", "lists"),
-    ("OPQ16_32,IVF16,PQ16x4", "lists"), ("PCAR24,SQ8", "scan"), ("IDMap,Flat", "scan"), ("IVF16_HNSW8,SQ8", "lists")])
+    ("OPQ16_32,IVF16,PQ16x4fs", "lists"), ("IVF16,PQ16x4", "lists"), ("PCAR24,SQ8", "scan"), ("IDMap,Flat", "scan"), ("IVF16_HNSW8,SQ8", "lists")])
 def test_an_index_of_the_same_rows_is_sealed_and_searched(tmp_path, dataset, key, kind):
     info = adopt(dataset, write_foreign(tmp_path, key))["info"]
     assert info["key"] == key.removeprefix("IDMap,").replace("R24", "24") and info["adopted"] == "theirs.index"
@@ -108,6 +108,9 @@ def moved(shards: int) -> np.ndarray:
     ("IVF16,Flat", np.roll(VECTORS, 1, 0), 0, "expected a share of at least 1, got 0."),
     ("Flat", moved(1), 0, "other vectors: expected the vector of each row, got others for 300 of 1500 rows"),
     ("Flat", swapped(3, 1400), 0, "got others for 2 of 1500 rows, the first is row 3"),
+    ("Flat", 3 * VECTORS, 0, "other vectors: expected the vector of each row, got others for 1500 of 1500 rows"),
+    ("IVF16,Flat", 1.1 * VECTORS, 0, "expected a score of 1.000 where a row finds itself, got 1.100, the median"),
+    ("SQ8", 3 * VECTORS, 0, "expected a score of 1.000 where a row finds itself, got 3.0"),
     ("HNSW16", swapped(3, 1400), 0, "got others for 2 of 1500 rows, the first is row 3"),
     *((key, spoiled(9, value), 0, "got others for 1 of 1500 rows, the first is row 9")
       for key, value in (("Flat", np.nan), ("Flat", np.inf), ("HNSW16", np.nan), ("Flat", 0))),
