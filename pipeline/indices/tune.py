@@ -156,8 +156,8 @@ def recall_error(index: faiss.Index, vectors: np.ndarray) -> float:
     sample = np.ascontiguousarray(vectors[:10_000], np.float32)
     if not len(sample):
         return 0.0
-    inner = inner_index(index)
-    if isinstance(inner, faiss.IndexIVFPQFastScan):
+    inner: Any = inner_index(index)
+    if isinstance(inner, untyped_faiss.IndexIVFPQFastScan):
         inner.fine_quantizer = inner.pq  # faiss 1.15 does not set it for an index from a file, and then crashes
     try:
         with use_one_thread():

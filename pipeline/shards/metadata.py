@@ -1,13 +1,16 @@
 """Columns of the parquet file beside each tar, and the status of each row."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.tables.cells import stored_text
+
+if TYPE_CHECKING:
+    from pipeline.sources.config import ShardConfig
 
 # img2dataset's, and `source_row`: the place of the row in the source.
 COLUMNS = {"caption": pa.string(), "url": pa.string(), "key": pa.string(), "status": pa.string(),
@@ -23,13 +26,29 @@ FORGOTTEN = "forgotten"
 _KINDS = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64(), "bytes": pa.binary()}
 
 
-def stored_names(names: Iterable[str]) -> dict[str, str]:
-    """The names under which columns of a source are stored: those with a name of ours get `source_` before it."""
+def column_types(config: "ShardConfig") -> dict[str, pa.DataType]:
+    """The types of the columns that the transform of images gives with these settings."""
+    types = dict(COLUMNS)
+    if config.patches:
+        types |= PATCH_COLUMNS
+    if config.duplicates != "keep":
+        names = ("pixel_sha256",) if config.duplicates == "exact" else tuple(HASH_COLUMNS)
+        types |= {name: HASH_COLUMNS[name] for name in names}
+    return types
+
+
+def reserved_names(config: "ShardConfig") -> set[str]:
+    """The names that columns of a source cannot have in a shard with these settings."""
+    return {*column_types(config), *IMAGE_COLUMNS}
+
+
+def stored_names(names: Iterable[str], reserved: Collection[str]) -> dict[str, str]:
+    """The names under which columns of a source are stored: those with a `reserved` name get `source_` before it."""
     own = list(names)
     stored = {}
     for name in own:
         other = name
-        while other in COLUMNS or (other != name and other in own):
+        while other in reserved or (other != name and other in own):
             other = f"source_{other}"
         stored[name] = other
     return stored

@@ -6,14 +6,13 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
@@ -22,15 +21,14 @@ from pipeline.media import tars
 from pipeline.media.types import BadImage
 from pipeline.rows.rows import Row
 from pipeline.shards.metadata import (
-    COLUMNS,
-    HASH_COLUMNS,
     NOT_FETCHED,
     NOT_USABLE,
-    PATCH_COLUMNS,
     SUCCESS,
     add_image_positions,
     changed_types,
+    column_types,
     metadata_table,
+    reserved_names,
     stored_names,
 )
 from pipeline.shards.transform import NotFetched, RowResult, failed_row, transform_row
@@ -85,7 +83,7 @@ class ShardPacker:
                  limits: "HostLimits | None" = None) -> None:
         self.config, self.shard, self.digits, self.report_progress = config, shard, digits, report_progress
         self._refused, self._limits = refused, limits
-        names = stored_names(known)
+        names = stored_names(known, reserved_names(config))
         self._known = {names[name]: kind for name, kind in known.items()}
         self.tar, self.parquet = scratch / "shard.tar", scratch / "shard.parquet"
         self._spool, self._tar = Spool(scratch / "spool"), tars.TarWriter(self.tar)
@@ -103,6 +101,7 @@ class ShardPacker:
         """
         malloc.keep_freed_memory()
         loop, numbered = asyncio.get_running_loop(), enumerate(rows)
+        reserved = reserved_names(self.config)
         transform = partial(transform_row, self.config, read=read, refused=self._refused)
         finished: asyncio.Queue[asyncio.Future[Any] | None] = asyncio.Queue()
         async with AsyncExitStack() as stack:
@@ -115,7 +114,8 @@ class ShardPacker:
                     numbers, batch_rows = zip(*batch, strict=True)
                     keys = map(self._keys, numbers)
                     task: asyncio.Future[Any] = (
-                        loop.create_task(_fetch_and_transform(batch_rows[0], next(keys), fetch, transform, pool))
+                        loop.create_task(_fetch_and_transform(batch_rows[0], next(keys), fetch, transform, pool,
+                                                              reserved))
                         if fetch else loop.run_in_executor(pool, list, map(transform, batch_rows, keys)))
                     pending[task] = numbers
                     task.add_done_callback(finished.put_nowait)
@@ -191,11 +191,8 @@ class ShardPacker:
             self._append_to_tar()
         self._spool.close()
         results = [self._results[number] for number in range(self.rows)]
-        types = self._column_types()
-        added = types.keys() - COLUMNS.keys()
-        # If a row failed, its source may have columns of these names with cells of any type.
-        lines = [meta if meta["status"] == SUCCESS else {name: cell for name, cell in meta.items() if name not in added}
-                 for metas, _, _ in results for meta in metas]
+        types = column_types(self.config)
+        lines = [meta for metas, _, _ in results for meta in metas]
         table = metadata_table(lines, types, self._known)
         changed = [Entry(f"{self.shard}.tar", "column_type", detail, kept=True)
                    for detail in changed_types(table, self._known, types)]
@@ -212,15 +209,6 @@ class ShardPacker:
             "start_time": self.started, "end_time": end,
             "status_dict": dict(Counter({SUCCESS: statuses[SUCCESS]}) + self.skipped)})
 
-    def _column_types(self) -> dict[str, pa.DataType]:
-        types = dict(COLUMNS)
-        if self.config.patches:
-            types |= PATCH_COLUMNS
-        if self.config.duplicates != "keep":
-            names = ("pixel_sha256",) if self.config.duplicates == "exact" else tuple(HASH_COLUMNS)
-            types |= {name: HASH_COLUMNS[name] for name in names}
-        return types
-
 
 @asynccontextmanager
 async def _cancelled_at_end() -> AsyncIterator[dict[asyncio.Future[Any], Sequence[int]]]:
@@ -236,12 +224,12 @@ async def _cancelled_at_end() -> AsyncIterator[dict[asyncio.Future[Any], Sequenc
 
 async def _fetch_and_transform(row: Row, keys: list[str], fetch: _Fetch,
                                transform: Callable[[Row, list[str]], RowResult], pool: ThreadPoolExecutor,
-                               ) -> list[RowResult]:
+                               reserved: Collection[str]) -> list[RowResult]:
     try:
         async with fetch(row):
             return [await asyncio.get_running_loop().run_in_executor(pool, transform, row, keys)]
     except BadImage as bad:
-        return [failed_row(row, keys[0], NotFetched(bad.reason, bad.detail))]
+        return [failed_row(row, keys[0], NotFetched(bad.reason, bad.detail), reserved)]
 
 
 @asynccontextmanager

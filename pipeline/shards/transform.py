@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,15 @@ from pipeline.media.hashes import perceptual_hash, pixel_hash
 from pipeline.media.resize import cut_patches, encode, resize
 from pipeline.media.types import BadImage, Pixels, size_of
 from pipeline.rows.rows import Row, redact_cells, split_remark
-from pipeline.shards.metadata import COLUMNS, FORGOTTEN, NOT_FETCHED, NOT_USABLE, SUCCESS, stored_names
+from pipeline.shards.metadata import (
+    COLUMNS,
+    FORGOTTEN,
+    NOT_FETCHED,
+    NOT_USABLE,
+    SUCCESS,
+    reserved_names,
+    stored_names,
+)
 from pipeline.stages.types import Entry
 
 if TYPE_CHECKING:
@@ -42,7 +50,7 @@ def transform_row(config: "ShardConfig", row: Row, keys: list[str], read: Callab
 
     `read` gives the image's bytes if the row does not have them. Bytes whose sha256 is `refused` give no sample.
     """
-    sha256 = ""
+    sha256, reserved = "", reserved_names(config)
     try:
         data = _encoded_image(row, read)
         sha256 = hashlib.sha256(data).hexdigest()
@@ -53,8 +61,9 @@ def transform_row(config: "ShardConfig", row: Row, keys: list[str], read: Callab
         image = decode(data, config.max_pixels, at_least=config.patch_side if patched else config.image_size,
                        how="keep_ratio" if patched else config.resize, min_size=config.min_size,
                        max_aspect=config.max_aspect)
-        meta = bare_row(row) | {"status": SUCCESS, "original_width": image.width, "original_height": image.height,
-                                "exif": json.dumps(read_exif(data)) if config.exif else None, "original_sha256": sha256}
+        meta = bare_row(row, reserved) | {
+            "status": SUCCESS, "original_width": image.width, "original_height": image.height,
+            "exif": json.dumps(read_exif(data)) if config.exif else None, "original_sha256": sha256}
         result = RowResult(entries=[Entry(source_name(row), reason, detail, kept=True)
                                     for reason, detail in [*image.remarks, *map(split_remark, row.remarks)]])
         resized = resize(image, config.patch_side if patched else config.image_size,
@@ -72,7 +81,7 @@ def transform_row(config: "ShardConfig", row: Row, keys: list[str], read: Callab
             _add_sample(result, config, meta, keys[0], resized,
                         data if unchanged else encode(resized, config.format, config.quality))
     except BadImage as bad:
-        result = failed_row(row, keys[0], bad, sha256 if bad.reason != FORGOTTEN else "")
+        result = failed_row(row, keys[0], bad, reserved, sha256 if bad.reason != FORGOTTEN else "")
     return result
 
 
@@ -99,25 +108,25 @@ def _add_sample(result: RowResult, config: "ShardConfig", meta: dict[str, Any], 
     result.images.append(data)
 
 
-def failed_row(row: Row, key: str, bad: BadImage, sha256: str = "") -> RowResult:
+def failed_row(row: Row, key: str, bad: BadImage, reserved: Collection[str], sha256: str = "") -> RowResult:
     """The result of a row that gives no sample. `sha256` is that of its bytes, if they were read."""
     status = NOT_FETCHED if isinstance(bad, NotFetched) else NOT_USABLE
     detail = storage.redact_credentials(bad.detail)
     name = source_name(row) or f"row {row.number}"
-    return RowResult([bare_row(row) | {"key": key, "status": status, "error_message": f"{bad.reason}: {detail}",
-                                       "original_sha256": sha256 or None}],
+    return RowResult([bare_row(row, reserved) | {
+        "key": key, "status": status, "error_message": f"{bad.reason}: {detail}", "original_sha256": sha256 or None}],
                      entries=[Entry(name, bad.reason, detail),
                               *(Entry(name, *split_remark(remark), kept=True) for remark in row.remarks)])
 
 
-def bare_row(row: Row) -> dict[str, Any]:
-    """The metadata of a row as far as the source has it. All other columns are None."""
+def bare_row(row: Row, reserved: Collection[str]) -> dict[str, Any]:
+    """The metadata of a row as far as the source has it, under other names than `reserved`. The others are None."""
     cells = row.columns
-    if cells.keys() & COLUMNS.keys():
+    if not cells.keys().isdisjoint(reserved):
         same = {"url": row.name, "caption": row.caption, "key": cells.get("source_key")}
-        names = stored_names(cells)
+        names = stored_names(cells, reserved)
         cells = {names[name]: value for name, value in cells.items()
-                 if name not in COLUMNS or value not in (None, same.get(name))}
+                 if name not in reserved or value not in (None, same.get(name))}
     extra = redact_cells(cells)
     return extra | dict.fromkeys(COLUMNS) | {"caption": row.caption, "url": source_name(row), "source_row": row.number}
 

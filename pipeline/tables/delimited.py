@@ -250,6 +250,8 @@ def _holds_rows(cells: Sequence[str], lines: Sequence[str], delimiter: str, *, o
         return len(cells) == 1
     is_spaced = any(cells[number].startswith(" ") for number in whole if number)
     split = [line.rstrip("\r\n").split(delimiter) for line in lines]
+    if only_addresses:  # a row begins with a quote, a number or nothing
+        split[1:] = [other if other[0][:1] in {"", '"'} or _NUMBER.fullmatch(other[0]) else [] for other in split[1:]]
     fits = [len(other) == len(cells) and (is_spaced or not any(cell.startswith(" ") for cell in other[1:]))
             for other in split]
     # The cells before the broken one are those of the first line itself, and the cells after it those of the last.

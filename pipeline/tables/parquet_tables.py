@@ -18,7 +18,11 @@ def open_parquet(address: str) -> Iterator[pq.ParquetFile]:
         with storage.open_reader(address) as stream:
             try:
                 # Buffered, or a row group would be read whole however small the batches are.
-                yield pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
+                file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
+                if dictionaries := _dictionary_columns(file):
+                    file = pq.ParquetFile(stream, metadata=file.metadata, buffer_size=1 << 20, pre_buffer=False,
+                                          read_dictionary=dictionaries)
+                yield file
             except OSError as error:
                 if error.errno is not None or isinstance(error, storage.StorageError):
                     raise
@@ -26,6 +30,17 @@ def open_parquet(address: str) -> Iterator[pq.ParquetFile]:
     except pa.ArrowException as error:
         raise ValueError(f"{address} cannot be read as parquet: {str(error).strip()}\n"
                          f"hint: the file is cut off, damaged or of another kind: copy it again") from None
+
+
+def _dictionary_columns(file: pq.ParquetFile) -> list[str]:
+    """The columns that the writer had as Arrow dictionaries, such as categories of pandas.
+
+    pyarrow 26 refuses all rows of such a column if one text is not UTF-8, unless `read_dictionary` has
+    the column.
+    """
+    names = [field.name for field in file.schema_arrow if "dictionary<" in str(field.type)]
+    paths = [file.schema.column(number).path for number in range(len(file.schema))] if names else []
+    return [path for path in paths if any(path == name or path.startswith(f"{name}.") for name in names)]
 
 
 def read_schema(address: str) -> pa.Schema:

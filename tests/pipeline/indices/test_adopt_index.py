@@ -49,7 +49,8 @@ def adopt(dataset: Dataset, file: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("key", "kind"), [
     ("Flat", "scan"), ("SQ8", "scan"), ("PQ16x4", "scan"), ("HNSW16", "graph"), ("IVF16,Flat", "lists"),
-    ("OPQ16_32,IVF16,PQ16x4fs", "lists"), ("IVF16,PQ16x4", "lists"), ("PCAR24,SQ8", "scan"), ("IDMap,Flat", "scan"), ("IVF16_HNSW8,SQ8", "lists")])
+    ("OPQ16_32,IVF16,PQ16x4fs", "lists"), ("IVF16,PQ16x4", "lists"), ("PCAR24,SQ8", "scan"), ("IDMap,Flat", "scan"),
+    ("IVF16_HNSW8,SQ8", "lists")])
 def test_an_index_of_the_same_rows_is_sealed_and_searched(tmp_path, dataset, key, kind):
     info = adopt(dataset, write_foreign(tmp_path, key))["info"]
     assert info["key"] == key.removeprefix("IDMap,").replace("R24", "24") and info["adopted"] == "theirs.index"

@@ -147,6 +147,15 @@ def test_columns_with_reserved_names_are_kept(tmp_path, image_site):
         assert [(row["source_status"], row["status"]) for row in stored] == [("fine", "success")] * 4
         assert [(row["width"], row["source_width"], row["source_source_width"]) for row in stored] == [
             (16, -1, 10 + number) for number in range(4)]
+    own = {"image_offset": 5, "image_bytes": 6, "phash": "ab", "mean_colour": "red"}
+    lists = write_list(tmp_path / "own.jsonl", [{"url": url} | own for url in urls(image_site)])
+    for duplicates in ("keep", "near"):
+        dataset, manifest = shard_source(tmp_path / duplicates, lists, duplicates=duplicates)
+        row = table(dataset, manifest)[0]
+        is_reserved = {"image_offset": True, "image_bytes": True} | dict.fromkeys(["phash", "mean_colour"],
+                                                                               duplicates == "near")
+        assert own == {name: row[f"source_{name}" if reserved else name] for name, reserved in is_reserved.items()}
+        assert row["image_offset"] > 500 and row.get("source_phash", "ab") == "ab"
     write_tar(tmp_path / "tars" / "0.tar", [(f"{number}.{kind}", data) for number in range(2) for kind, data in (
         ("png", IMAGES[number]), ("cls", b"7\n"), ("json", json.dumps({"width": 5, "url": "http://e"}).encode()))])
     stored = table(*shard_source(tmp_path / "tar", tmp_path / "tars"))

@@ -7,11 +7,13 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.tables.arrow_cells import table_rows
+from pipeline.tables.parquet_tables import open_parquet
 from tests.pipeline.shards.test_shard import ledger
 from tests.pipeline.sources.list_datasets import PICTURES, shard_source, stored_samples
 
@@ -119,3 +121,18 @@ def test_lists_of_every_kind_beside_nulls_are_complete(kind):
     table = pa.table({"a": pa.array([[9, 9], *lists], kind)}).slice(1)
     assert [row.cells["a"] for row in table_rows(table)] == [each and json.dumps(each) for each in lists]
     assert [row.cells["a"] for row in table_rows(table, whole={"a"})] == lists
+
+
+@pytest.mark.parametrize("indices", [pa.int8(), pa.int64()])
+def test_categories_that_are_not_utf8_are_changed_and_named(tmp_path, indices):
+    texts = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(np.array([0, 2, 3], np.int32)),
+                                                   pa.py_buffer(b"a\xffb")])
+    category = pa.DictionaryArray.from_arrays(pa.array([0, 1], indices), texts)
+    nested = pa.StructArray.from_arrays([category, pa.array(["c", "d"])], ["a", "b"])
+    pq.write_table(pa.table({"x": category, "y.z": category, "s": nested}), tmp_path / "a.parquet")
+    with open_parquet(str(tmp_path / "a.parquet")) as file:
+        rows = table_rows(file.read())
+    assert rows[0].cells == {"x": "a\ufffd", "y.z": "a\ufffd", "s": '{"a": "a\ufffd", "b": "c"}'}
+    assert [remark.partition(": bytes")[0] for remark in rows[0].remarks] == [
+        f"cell_changed: {name}" for name in ("x", "y.z", "s")]
+    assert rows[1].cells["x"] == "b" and not rows[1].remarks

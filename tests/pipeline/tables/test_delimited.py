@@ -82,10 +82,17 @@ def test_texts_with_line_breaks_and_commas_are_one_cell(tmp_path, header, ending
 
 def test_lines_without_quotes_are_no_rows_of_a_quoted_file(tmp_path):
     rows = [["http://h/0.png", "see\r\nhttp://h/1.png,x"], ["http://h/2.png", "a\r\nb"]]
+    around = [["a\nb", "http://h/0.png", "c\nd"], ["e", "http://h/1.png", "f"]]  # a line looks like a row
+    for cells, header in ((rows, ["url", "caption"]), (around, ["title", "url", "caption"])):
+        text = io.StringIO(newline="")
+        csv.writer(text, quoting=csv.QUOTE_ALL).writerows([header, *cells])
+        good, problems, _ = read(tmp_path, "a.csv", text.getvalue())
+        assert [list(each.values()) for each in good] == cells and not problems
+    numbered = '"id","url","caption"\n1,"http://h/0.png","a\n2,"http://h/1.png","b"\n'  # QUOTE_NONNUMERIC
+    good, problems, _ = read(tmp_path, "a.csv", numbered)
+    assert len(problems) == 1 and good == [{"id": "2", "url": "http://h/1.png", "caption": "b"}]
     text = io.StringIO(newline="")
     csv.writer(text, quoting=csv.QUOTE_ALL).writerows([["url", "caption"], *rows])
-    good, problems, _ = read(tmp_path, "a.csv", text.getvalue())
-    assert [list(each.values()) for each in good] == rows and not problems
     good, problems, _ = read(tmp_path, "a.csv", text.getvalue().replace('1.png,x"', '1.png,x').replace("see", '"see'))
     assert len(problems) == 1 and good[-1]["url"] == "http://h/2.png"  # a quote that is not closed
 
