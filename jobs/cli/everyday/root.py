@@ -101,7 +101,8 @@ def run_rm(options: RmOptions) -> int:
                            published=options.published)
     files = f"{format_count(removal.files, 'file')}, {format_bytes(removal.bytes)}"
     if options.common.dry_run:
-        first = [f"first: python -m jobs rm {user}" for user in removal.blocked_by]
+        here = storage.redact_credentials(root)
+        first = [f"first: python -m jobs rm {user} --root {here}" for user in removal.blocked_by]
         _print_removal("\n".join([f"would remove {path}: {files}", *first]),
                        removal.document() | {"dry_run": True, "blocked_by": list(removal.blocked_by)})
         return 2 if removal.blocked_by else 0

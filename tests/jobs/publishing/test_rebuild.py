@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,7 @@ from jobs.publishing.releases import list_versions, versions_table
 from jobs.report.report import write_report
 from pipeline import storage
 from pipeline.datasets import find_row, hidden_rows, published, release_files
-from pipeline.datasets.dataset import file_of
+from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
 from pipeline.datasets.published import Published
@@ -31,7 +32,9 @@ from pipeline.indices.searcher import Searcher
 from pipeline.media import tars
 from pipeline.stages.driver import run_stage
 from pipeline.storage import files
+from pipeline.versions.compare_files import Compare
 from pipeline.versions.config import GatesConfig
+from pipeline.versions.update_shards import Update
 from tests.jobs.publishing.published_art import (
     NAME,
     SHARD,
@@ -304,6 +307,13 @@ def test_readers_have_a_whole_version_after_any_interruption(place: Path, monkey
     monkeypatch.undo()
     assert main(["verify", "--root", str(place / "root")]) == 0
     assert [version["version"] for version in Published.load(str(place / "root"), NAME).history()] == ["v1", "v2"]
+
+
+def test_hints_of_a_rebuild_name_flags_that_it_has(place: Path) -> None:
+    job, dataset = make_rebuild(place / "root", place / "source"), Dataset(str(place / "root"), NAME, "v2")
+    for stage in (Update(dataset, job.shard, job.last, job.source, 0.25), Compare(dataset, job.source, np.arange(2))):
+        command = stage.replacement.replace("SOURCE", str(place / "source"))
+        assert main([*shlex.split(command)[3:], "--local", "--dry-run"]) == 0
 
 
 def test_unusual_commands_have_clear_results(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
