@@ -68,6 +68,8 @@ def _end_quickly(code: int) -> None:
     from jobs.telemetry import heartbeat
     with heartbeat.doing("ending"):  # Ray takes seconds
         threading._shutdown()  # type: ignore[attr-defined]
+        if colorama := sys.modules.get("colorama.initialise"):  # Ray has it; it prints an escape sequence at the end
+            atexit.unregister(colorama.reset_all)
         atexit._run_exitfuncs()
     heartbeat.stop()
     try:

@@ -98,7 +98,7 @@ class Root:
         from pipeline.stages.driver import run_stage
         texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         databases = (Mixture.parse(self.address, database),)
-        chosen = Run.parse(self.address, run) if run else default_run(databases, ", ".join(texts))
+        chosen = Run.parse(self.address, run) if run else default_run(databases, texts)
         assert chosen  # it is None on dry runs only
         stage = Sampling(chosen, 0, texts, databases, encoder or encoder_of(f"the run {chosen.name}", chosen.encoder()),
                          config or SampleConfig())

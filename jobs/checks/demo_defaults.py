@@ -20,8 +20,8 @@ def mention_demo_defaults(settings: Settings, *, embeds: bool, trains: bool) -> 
     if trains and settings.train.unet == networks.tiny().unet:
         parts.append("the network is a small one for a first try")
     if parts:
-        _log.warning("no --recipe is named, and the defaults are for the demo: %s\nhint: --recipe NAME, of those that "
-                     "python -m jobs recipes lists; --recipe tiny keeps the defaults", ", and ".join(parts))
+        _log.warning("no --recipe is named, and the defaults are for the demo: %s\nhint: --recipe NAME, of those of "
+                     "python -m jobs recipes; --recipe tiny keeps the defaults", ", and ".join(parts))
     return bool(parts)
 
 

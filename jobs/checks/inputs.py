@@ -47,7 +47,7 @@ def check_training_images(dataset: Dataset, shard: ShardConfig, train: TrainConf
 def check_stored_images(dataset: Dataset, train: TrainConfig) -> None:
     """ValueError if the images in the first shard of a dataset do not fit the network."""
     _check_sizes(stored_sizes(dataset), f"the images of {dataset.label}", train, f"python -m jobs shard "
-                 f"{dataset.name}@v2 --source SOURCE --resize center_crop makes squares of one size")
+                 f"{dataset.name}@v2 --source SOURCE --resize center_crop, which makes squares of one size")
 
 
 def stored_sizes(dataset: Dataset) -> Iterator[tuple[int, int]]:

@@ -53,7 +53,7 @@ def check_memory(needed_bytes: float, what: str) -> None:
     if there < needed_bytes:
         raise MemoryError(f"{what} does not fit the memory of this machine: expected at least "
                           f"{format_bytes(needed_bytes)}, got {format_bytes(there)}\nhint: a smaller recipe, or more "
-                          f"memory: python -m jobs recipes lists what each needs")
+                          f"memory: python -m jobs recipes, which lists what each needs")
 
 
 def memory_bytes() -> int:

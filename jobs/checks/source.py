@@ -1,4 +1,7 @@
-"""Check of the source of a dataset. It imports nothing heavy, so that a mistyped path is refused within a second."""
+"""Checks of local paths, such as the source of a dataset.
+
+They import nothing heavy, so that a mistyped path is refused within a second.
+"""
 
 import difflib
 import os
@@ -16,14 +19,15 @@ def check_source(sources: Sequence[str]) -> None:
                          "hint: --source FOLDER, or a list of URLs, or tars")
     for source in sources:
         if storage.is_local(source) and not is_pattern(source):
-            _check_path(source, Path(storage.local_path(source)))
+            check_path(source)
 
 
-def _check_path(source: str, path: Path) -> None:
+def check_path(text: str) -> None:
     """ValueError if a local path does not exist, with a path that is spelled like it."""
+    path = Path(storage.local_path(text))
     if path.exists():
         return
     parent = next(folder for folder in path.absolute().parents if folder.is_dir())
     close = difflib.get_close_matches(path.name, os.listdir(parent), n=1) if parent == path.absolute().parent else []
     hint = f"did you mean {path.with_name(close[0])}?" if close else f"ls {parent} shows what is there"
-    raise ValueError(f"there is no file or folder {source}\nhint: {hint}")
+    raise ValueError(f"there is no file or folder {text}\nhint: {hint}")

@@ -127,7 +127,7 @@ def embed(options: EmbedOptions) -> int:
                            else Embed(dataset, options.embed)]
     if options.captions:
         stages.append(EmbedCaptions(dataset, options.embed))
-    with suggest_once(options.common.root):
+    with suggest_once():
         for stage in stages:
             seal_and_print(stage, options)
         if options.export and not options.common.dry_run:
@@ -159,7 +159,7 @@ def run_score(options: ScoreOptions) -> int:
         raise ValueError("score needs a head: expected --head NAME=HEAD, got none\n"
                          "hint: --head aesthetic=heads/aesthetic.safetensors")
     dataset = published.open_dataset(options.common.root, options.dataset)
-    with suggest_once(options.common.root):
+    with suggest_once():
         for stage in [Score(dataset, spec, options.score) for spec in options.head]:
             seal_and_print(stage, options)
     return 0

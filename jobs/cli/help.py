@@ -186,7 +186,7 @@ def complete(words: Sequence[str]) -> list[str]:
     elif current.startswith("-"):
         found = sorted(list_flags(verb))
     else:
-        root = next((word for flag, word in itertools.pairwise(before) if flag == "--root"), "data")
+        root = next((word for flag, word in itertools.pairwise(before) if flag == "--root"), output.DEFAULT_ROOT)
         folder = Path(root) / ("runs" if before[-1] in {"train", "sample", "evaluate", "export"} else "datasets")
         found = sorted(os.listdir(folder)) if folder.is_dir() else []
     return [word for word in found if word.startswith(current)]

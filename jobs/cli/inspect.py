@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from jobs.cli.options import CommonOptions, Dataset, Flat, Unflagged, Words
+from jobs.cli.options import CommonOptions, Dataset, Flat, TextAsJson, Unflagged, Words
 from jobs.cli.run_stage import open_runner
 from jobs.config.settings import Settings
 from jobs.planning.config import PlanConfig
@@ -56,8 +56,6 @@ def run_search(options: SearchOptions) -> int:
     from jobs.sampling.search import SearchQuery, matches_table, save_sheet, search_databases
     from pipeline.datasets import published
     from pipeline.embeddings.clip_weights import ClipConfig
-    if options.count < 1:
-        raise ValueError(f"--count {options.count}: must be at least 1\nhint: --count 10")
     embed = options.embed
     query = SearchQuery((options.text,) if options.text else (), options.image, options.like, options.minus)
     databases = [published.open_dataset(options.common.root, name) for name in
@@ -83,8 +81,7 @@ class StatusOptions:
                           "status --root s3://bucket/rdm --watch")
 
     common: Flat[CommonOptions]
-    json: bool = False
-    """Print JSON instead of a table."""
+    json: TextAsJson = False
     watch: bool = False
     """Repeat until Ctrl-C (exit 0): in place on a terminal, elsewhere a block or a line of JSON each time."""
     serve: str = ""
@@ -109,10 +106,7 @@ def run_status(options: StatusOptions) -> int:
             from jobs.publishing.check_published import check_published
             stages = [*read_status(root), *({"path": fault["path"], "state": "damaged", "error": fault["fault"]}
                                             for fault in check_published(root, quick=True)[1])]
-            if options.json:
-                output.print_json(stages, indent=1)
-            else:
-                output.print_text(status_table(root, stages))
+            output.print_answer(stages, lambda: status_table(root, stages), as_json=options.json)
     except KeyboardInterrupt:
         if not (options.watch or options.serve):
             raise
@@ -186,7 +180,7 @@ def run_verify(options: VerifyOptions) -> int:
     folders = [stage["path"] for stage in stages if stage["state"] in {"sealed", "damaged"}
                or (stage["state"] == "stale" and "sealed" in stage)]
     if options.common.dry_run:
-        output.print_text("\n".join(folders))
+        output.print_answer(folders, lambda: "\n".join(folders), as_json=options.json)
         return 0
     damaged = [{"path": stage["path"], "fault": stage["error"]} for stage in stages if stage["state"] == "damaged"]
     faults, first = 0, ""
@@ -199,8 +193,8 @@ def run_verify(options: VerifyOptions) -> int:
             output.print_text(f"{fault['path']}: {fault['fault']}")
     _log.info("verify: %d folders read, %d faults", len(folders), faults)
     if not folders and not chain:
-        raise ValueError(f"nothing is sealed in {storage.join(root, only)}\nhint: python -m jobs status lists what is "
-                         f"in a root")
+        raise ValueError(f"nothing is sealed in {storage.join(root, only)}\nhint: python -m jobs status, which lists "
+                         f"what is in a root")
     if faults:
         from jobs.inspection.way_back import find_command
         from jobs.telemetry import logs
@@ -279,15 +273,11 @@ class RecipesOptions:
                           "recipes --json")
 
     common: Flat[CommonOptions]
-    json: bool = False
-    """Print JSON."""
+    json: TextAsJson = False
 
 
 def run_recipes(options: RecipesOptions) -> int:
     from jobs.planning.recipe_table import list_recipes, recipes_table
     recipes = list_recipes()
-    if options.json:
-        output.print_json([facts.document() for facts in recipes], indent=1)
-    else:
-        output.print_text(recipes_table(recipes))
+    output.print_answer([facts.document() for facts in recipes], lambda: recipes_table(recipes), as_json=options.json)
     return 0

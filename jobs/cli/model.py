@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from jobs.cli.options import STOPPED, CommonOptions, Flat, RunName, StageOptions, Unflagged, Words
+from jobs.cli.options import STOPPED, CommonOptions, Flat, ResultAsJson, RunName, StageOptions, Unflagged, Words
 from jobs.cli.run_stage import open_runner, print_forecast, print_result, seal_and_print, spare_ray
 from jobs.cluster.config import ClusterConfig
 from jobs.evaluation.config import EvaluateConfig
@@ -66,8 +66,8 @@ def run_train(options: TrainOptions) -> int:
     return 0 if manifest or os.environ.get("RANK", "0") != "0" else STOPPED
 
 
-def check_train(options: TrainOptions, *, here: bool = True) -> "Job":
-    """The job of a run, after its checks. `here`: this machine does the work."""
+def check_train(options: TrainOptions, *, here: bool = True, mention: bool = True) -> "Job":
+    """The job of a run, after its checks. `here`: this machine does the work. `mention`: name settings of the demo."""
     from jobs.checks.check import run_checks
     from jobs.checks.demo_defaults import mention_demo_defaults, mention_large_images
     from jobs.checks.verbs import can_read, train_checks
@@ -95,9 +95,9 @@ def check_train(options: TrainOptions, *, here: bool = True) -> "Job":
               options.stage.tracker)
     local = options.common.local or "TORCHELASTIC_RUN_ID" in os.environ
     run_checks(train_checks(job, options.cluster, local=local, here=here))
-    if not (options.common.names_recipe or pinned):
+    if mention and not (options.common.names_recipe or pinned):
         mention_demo_defaults(Settings(train=options.train), embeds=False, trains=True)
-    if readable and not (pinned or job.latents):
+    if mention and readable and not (pinned or job.latents):
         mention_large_images(job.dataset, options.train)
     return job
 
@@ -199,27 +199,28 @@ def run_sample(options: SampleOptions) -> int:
         raise ValueError(f"sample needs a database: expected --database, got none; there are {', '.join(names)}\n"
                          f"hint: --database {names[0] if names else 'NAME'}")
     from jobs.runs.run import Run
-    from jobs.sampling.default_run import default_run
     from jobs.sampling.mixture import Mixture
     from jobs.sampling.queries import read_prompts
-    from jobs.sampling.sample_stage import Sampling
-    from jobs.training.export import BUNDLED_RUN
     from pipeline.embeddings.clip_weights import ClipConfig, encoder_of
     root, embed = options.common.root, options.embed
+    run = None if _names_no_run(options) else Run.parse(root, options.run)
+    if run:
+        run.section()  # before the imports, which take seconds
     encoder = ClipConfig(options.model or embed.model, options.pretrained or embed.pretrained, embed.precision)
     databases = tuple(Mixture.parse(root, name) for name in options.database)
     prompts = options.words + options.prompt + (read_prompts(options.prompts) if options.prompts else ())
-    if _names_no_run(options):
-        run = default_run(databases, options.run, dry_run=options.common.dry_run)
+    from jobs.sampling.default_run import default_run
+    from jobs.sampling.sample_stage import Sampling
+    from jobs.training.export import BUNDLED_RUN
+    if run is None:
+        prompts = (options.run, *options.words)
+        run = default_run(databases, prompts, dry_run=options.common.dry_run)
         if run is None:
             output.print_document({"stage": "sample", "waits_for": Run.parse(root, BUNDLED_RUN).folder},
                                   as_json=options.stage.json)
             return 0
-        prompts = (options.run, *options.words)
         if not (options.model or options.pretrained):
             encoder = encoder_of(f"the run {run.name}", run.encoder(), embed)
-    else:
-        run = Run.parse(root, options.run)
     sampling = Sampling(run, options.checkpoint, prompts, databases, encoder, options.sample, options.name,
                         pictures=options.image, query_config=options.query)
     common = spare_ray(options.common, options.cluster, small=len(databases) == 1)  # one item has one worker
@@ -283,7 +284,7 @@ def run_evaluate(options: EvaluateOptions) -> int:
         result = storage.read_bytes(storage.join(evaluation.folder, "table.md")).decode()
         output.print_text(tables.render_markdown(result), end="")
         if not output.wants_json(flag=False):
-            output.print_next("python -m jobs report", options.common.root)
+            output.print_next("python -m jobs report")
     return 0
 
 
@@ -340,8 +341,7 @@ class ExportOptions:
     common: Flat[CommonOptions]
     checkpoint: int = 0
     """Step of the checkpoint. 0: the newest."""
-    json: bool = False
-    """Print the result as JSON. This is the default without a terminal."""
+    json: ResultAsJson = False
 
 
 def run_export(options: ExportOptions) -> int:
@@ -354,6 +354,5 @@ def run_export(options: ExportOptions) -> int:
         return 0
     output.print_document(export_weights(run, options.checkpoint, out), as_json=options.json)
     if not output.wants_json(options.json):
-        output.print_next(f"python -m jobs convert {options.run}_copy --checkpoint {shlex.quote(str(out))}",
-                          options.common.root)
+        output.print_next(f"python -m jobs convert {options.run}_copy --checkpoint {shlex.quote(str(out))}")
     return 0

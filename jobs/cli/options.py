@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
+from jobs.telemetry.output import DEFAULT_ROOT
+
 if TYPE_CHECKING:
     from pipeline.datasets.signatures import ReleaseKeys
 
@@ -23,7 +25,7 @@ STOPPED = 130
 class CommonOptions:
     """Options of every verb."""
 
-    root: str = "data"
+    root: str = DEFAULT_ROOT
     """Folder or s3:// URL that holds everything."""
     recipe: str = ""
     """Settings to start from: tiny (default), emoji_32, emoji_64, style, imagenet_400m, ffhq_415m or laion_1p3b."""
@@ -75,4 +77,6 @@ class SigningOptions:
 Dataset = Annotated[str, tyro.conf.Positional,
                     tyro.conf.arg(metavar="DATASET", help="Name of the dataset, NAME or NAME@VERSION.")]
 DatasetName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET", help="Name of the dataset.")]
+ResultAsJson = Annotated[bool, tyro.conf.arg(help="Print the result as JSON. This is the default without a terminal.")]
+TextAsJson = Annotated[bool, tyro.conf.arg(help="Print JSON instead of text, which is the default in a pipe too.")]
 RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Name of the run.")]

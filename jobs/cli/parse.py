@@ -42,6 +42,10 @@ _READ_A_SOURCE = {"style", "rebuild", "pipeline"}
 _READ_A_ROOT = {"embed", "score", "index", "neighbors", "latents", "train", "evaluate", "export", "search", "sample",
                 "versions", "rollback", "repair", "gc", "forget", "verify", "report", "show", "rm", "ls", "status"}
 """Verbs that need a root with a dataset or a run."""
+_READ_A_RUN = {"evaluate", "export"}
+"""Verbs that need a run. `sample` checks its run itself, because its first word may be a prompt."""
+_FILES = ("image", "prompts", "tombstone", "adopt", "checkpoint")
+"""Flags with the path of a file or folder to read, of the verbs where their values are texts."""
 _LOOK = {*GROUPS["watch"], "search", "versions"}
 """Verbs that only read, for a user who waits. The others repeat requests to a store for minutes."""
 STORE_ANSWER_S = 30.0
@@ -96,9 +100,13 @@ def check_options(verb: str, options: Any) -> None:
     """
     _check_root(verb, options)
     _check_names(verb, options)
+    _check_files(options)
     if verb in _READ_A_SOURCE:
         from jobs.checks.source import check_source
         check_source(options.shard.source)
+    if verb in _READ_A_RUN:
+        from jobs.runs.run import Run
+        Run.parse(options.common.root, options.run).section()
 
 
 def _check_root(verb: str, options: Any) -> None:
@@ -133,6 +141,16 @@ def _check_answer(root: str) -> None:
         raise
     except OSError as error:  # the keys may allow to read objects, and not to list them
         _log.debug("the store answers: %s", error)
+
+
+def _check_files(options: Any) -> None:
+    """ValueError if a local file or folder that the command would read does not exist."""
+    from jobs.checks.source import check_path
+    values = [getattr(options, name, "") for name in _FILES]
+    paths = [path for value in values for path in (value if isinstance(value, tuple) else [value])]
+    for path in paths:
+        if isinstance(path, str) and path and storage.is_local(path):
+            check_path(path)
 
 
 def _check_names(verb: str, options: Any) -> None:

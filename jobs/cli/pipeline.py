@@ -17,7 +17,7 @@ from jobs.cli.data import (
     run_shard,
 )
 from jobs.cli.model import TrainOptions, run_train
-from jobs.cli.options import CommonOptions, Dataset, Flat, StageOptions
+from jobs.cli.options import CommonOptions, Dataset, Flat, ResultAsJson, StageOptions
 from jobs.cli.publish import import_torch_first
 from jobs.cli.run_stage import suggest_once
 from jobs.cluster.config import ClusterConfig
@@ -51,8 +51,7 @@ class PipelineOptions:
     """Also find the neighbors of its images in this database."""
     train_run: Annotated[str, tyro.conf.arg(name="train", metavar="RUN")] = ""
     """Also train this run, with neighbors in the database or, without one, in the dataset itself."""
-    json: bool = False
-    """Print the result as JSON. This is the default without a terminal."""
+    json: ResultAsJson = False
 
 
 def run_pipeline(options: PipelineOptions) -> int:
@@ -63,7 +62,7 @@ def run_pipeline(options: PipelineOptions) -> int:
     if not dry_run:
         check_autofaiss()
     check_pipeline(options)
-    with suggest_once(options.common.root):
+    with suggest_once():
         for verb, run, verb_options, folder in _steps(options):
             if missing_folder:
                 waits = {"stage": verb, "folder": folder, "waits_for": missing_folder}
@@ -76,8 +75,8 @@ def run_pipeline(options: PipelineOptions) -> int:
     return 0
 
 
-def check_pipeline(options: PipelineOptions, *, here: bool = True) -> None:
-    """Run the checks of the pipeline. `here`: this machine does the work."""
+def check_pipeline(options: PipelineOptions, *, here: bool = True, mention: bool = True) -> None:
+    """Run the checks of the pipeline. `here`: this machine does the work. `mention`: name settings of the demo."""
     from jobs.checks.check import run_checks
     from jobs.checks.demo_defaults import mention_demo_defaults
     from jobs.checks.verbs import PlannedBuild, pipeline_checks
@@ -87,7 +86,7 @@ def check_pipeline(options: PipelineOptions, *, here: bool = True) -> None:
     dataset = DatasetPlace.parse(options.common.root, options.dataset)
     build = PlannedBuild(dataset, settings, options.database, options.train_run, options.common.local, here)
     run_checks(pipeline_checks(build))
-    if not (options.common.names_recipe or (here and dataset.is_sealed("embeddings"))):
+    if mention and not (options.common.names_recipe or (here and dataset.is_sealed("embeddings"))):
         mention_demo_defaults(settings, embeds=True, trains=bool(options.train_run))
 
 

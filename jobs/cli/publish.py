@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from jobs.cli.options import CommonOptions, DatasetName, Flat, SigningOptions, Words
+from jobs.cli.options import CommonOptions, DatasetName, Flat, ResultAsJson, SigningOptions, TextAsJson, Words
 from jobs.cli.run_stage import open_runner, spare_ray
 from jobs.cluster.config import ClusterConfig
 from jobs.config.settings import Settings
@@ -45,8 +45,7 @@ class RebuildOptions:
     cluster: Flat[ClusterConfig]
     common: Flat[CommonOptions]
     signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
-    json: bool = False
-    """Print the result as JSON. This is the default without a terminal."""
+    json: ResultAsJson = False
 
     def read_published_settings(self) -> "PublishedSettings | None":
         """The settings of the published version; None if nothing is published."""
@@ -81,6 +80,7 @@ def _publish(build: "Rebuild", options: RebuildOptions, times: Times, following:
         return 0
     with times("imports"):
         import_torch_first()
+        from jobs.inspection.summary import summarize_rebuild
         from jobs.publishing.rebuild import run_rebuild
         from jobs.telemetry.observe import run_observed
         from pipeline.indices.choose import check_autofaiss
@@ -96,9 +96,11 @@ def _publish(build: "Rebuild", options: RebuildOptions, times: Times, following:
     whole = times.seconds.pop("all")
     times.add("publish", whole - (sum(times.seconds.values()) - before))
     seconds = {part: round(value, 1) for part, value in times.seconds.items()}
-    output.print_document(result | {"seconds": seconds}, as_json=options.json)
-    if not output.wants_json(options.json):
-        output.print_next(following(), options.common.root)
+    if output.wants_json(options.json):
+        output.print_json(result | {"seconds": seconds})
+    else:
+        output.print_document(summarize_rebuild(result, seconds), as_json=False)
+        output.print_next(following())
     return 0
 
 
@@ -130,8 +132,8 @@ def run_style(options: StyleOptions) -> int:
                     lambda: f"python -m jobs sample 'a tree' --database {build.name}")
 
 
-def check_rebuild(options: RebuildOptions, *, here: bool = True) -> None:
-    """Run the checks of a rebuild. `here`: this machine does the work."""
+def check_rebuild(options: RebuildOptions, *, here: bool = True, mention: bool = True) -> None:
+    """Run the checks of a rebuild. `here`: this machine does the work. `mention`: name settings of the demo."""
     from jobs.checks.check import run_checks
     from jobs.checks.demo_defaults import mention_demo_defaults
     from jobs.checks.verbs import PlannedBuild, rebuild_checks
@@ -141,7 +143,8 @@ def check_rebuild(options: RebuildOptions, *, here: bool = True) -> None:
     dataset = Dataset.parse(options.common.root, options.dataset)
     build = PlannedBuild(dataset, settings, local=options.common.local, here=here)
     run_checks(rebuild_checks(build))
-    if not (options.common.names_recipe or isinstance(options, StyleOptions) or (here and build.has_published)):
+    if mention and not (options.common.names_recipe or isinstance(options, StyleOptions)
+                        or (here and build.has_published)):
         mention_demo_defaults(settings, embeds=True, trains=False)
 
 
@@ -159,8 +162,7 @@ class VersionsOptions:
 
     dataset: DatasetName
     common: Flat[CommonOptions]
-    json: bool = False
-    """Print JSON."""
+    json: TextAsJson = False
 
 
 def run_versions(options: VersionsOptions) -> int:
@@ -168,15 +170,11 @@ def run_versions(options: VersionsOptions) -> int:
     from pipeline.datasets.published import Published
     name = _dataset_name(options.common.root, options.dataset, f"versions {options.dataset.split('@')[0]}")
     versions = list_versions(options.common.root, name)
-    if options.json:
-        output.print_json(versions, indent=1)
-    else:
-        output.print_text(versions_table(versions))
+    output.print_answer(versions, lambda: versions_table(versions), as_json=options.json)
     current = Published.load(options.common.root, name)
     if not current.version:
-        hint = output.add_root(f"python -m jobs rebuild {name} --source SOURCE", options.common.root)
         why = f"{name} was removed" if current.is_removed else f"nothing of {name} is published"
-        _log.info("versions: %s\nhint: %s", why, hint)
+        _log.info("versions: %s\nhint: python -m jobs rebuild %s --source SOURCE", why, name)
     return 0
 
 
@@ -192,8 +190,7 @@ class RollbackOptions:
     to: str = ""
     """The version, for example v2. Default: the newest undamaged earlier one."""
     signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
-    json: bool = False
-    """Print the result as JSON. This is the default without a terminal."""
+    json: ResultAsJson = False
 
 
 def run_rollback(options: RollbackOptions) -> int:
@@ -220,8 +217,7 @@ class RepairOptions:
     accept_lost_publications: bool = False
     """Accept the loss of publications that this machine has seen. An earlier version is published again then."""
     signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
-    json: bool = False
-    """Print the result as JSON. This is the default without a terminal."""
+    json: ResultAsJson = False
 
 
 def run_repair(options: RepairOptions) -> int:
@@ -244,18 +240,14 @@ class GcOptions:
     dataset: DatasetName
     common: Flat[CommonOptions]
     gc: Flat[GcConfig] = field(default_factory=GcConfig)
-    json: bool = False
-    """Print JSON."""
+    json: TextAsJson = False
 
 
 def run_gc(options: GcOptions) -> int:
     from jobs.publishing.garbage_collect import collect_garbage, refuse_unreadable, removed_table
     name = _dataset_name(options.common.root, options.dataset, f"gc {options.dataset.split('@')[0]} --keep 3")
     removed = collect_garbage(options.common.root, name, options.gc, dry_run=options.common.dry_run)
-    if options.json:
-        output.print_json(removed, indent=1)
-    else:
-        output.print_text(removed_table(removed, options.common.dry_run))
+    output.print_answer(removed, lambda: removed_table(removed, options.common.dry_run), as_json=options.json)
     refuse_unreadable(options.common.root, name, removed)
     return 0
 
@@ -283,8 +275,7 @@ class CreditsOptions:
     common: Flat[CommonOptions]
     sheet: str = ""
     """Write a contact sheet of the images to this file (.png)."""
-    json: bool = False
-    """Print JSON."""
+    json: TextAsJson = False
 
 
 def run_credits(options: CreditsOptions) -> int:
@@ -293,10 +284,7 @@ def run_credits(options: CreditsOptions) -> int:
     if options.sheet and not options.common.dry_run:
         credits.save_sheet(samples, Path(options.sheet))
         _log.info("credits: the images are in %s", options.sheet)
-    if options.json:
-        output.print_json(samples, indent=1)
-    else:
-        output.print_text(credits.credits_text(samples))
+    output.print_answer(samples, lambda: credits.credits_text(samples), as_json=options.json)
     return 0
 
 
@@ -318,8 +306,7 @@ class ForgetOptions:
     """All images from this host and its subdomains. Repeat the flag for more."""
     note: str = ""
     """Reason, or name of the requester. It is stored with the request."""
-    json: bool = False
-    """Print JSON."""
+    json: TextAsJson = False
 
 
 def run_forget(options: ForgetOptions) -> int:
@@ -327,9 +314,6 @@ def run_forget(options: ForgetOptions) -> int:
     root = options.common.root
     takedown = forget.parse_takedown(root, options.sha256, options.url, options.key, options.domain)
     result = forget.forget(root, takedown, options.note, dry_run=options.common.dry_run)
-    if options.json:
-        output.print_json(result, indent=1)
-    else:
-        output.print_text(forget.forget_text(result))
+    output.print_answer(result, lambda: forget.forget_text(result), as_json=options.json)
     forget.refuse_unreadable(root, result["unreadable"], dry_run=options.common.dry_run)
     return 0

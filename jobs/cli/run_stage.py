@@ -94,7 +94,7 @@ def print_result(stage: "Stage", manifest: dict[str, Any], options: Any) -> None
     from jobs.inspection import summary
     if not output.wants_json(options.stage.json):
         output.print_text(summary.summarize_stage(stage, manifest))
-        _suggest(summary.next_command(stage), options.common.root)
+        _suggest(summary.next_command(stage))
         return
     totals = manifest["totals"]
     ledger = {"ledger": storage.join(stage.folder, "ledger")} if totals["skipped"] or totals["noted"] else {}
@@ -106,7 +106,7 @@ _held: list[str] | None = None  # the next commands of a pipeline; only the last
 
 
 @contextlib.contextmanager
-def suggest_once(root: str) -> Iterator[None]:
+def suggest_once() -> Iterator[None]:
     """Print only the last of the next commands inside, at the end."""
     global _held
     if _held is not None:  # a pipeline prints it
@@ -116,13 +116,13 @@ def suggest_once(root: str) -> Iterator[None]:
     try:
         yield
         if _held:
-            output.print_next(_held[-1], root)
+            output.print_next(_held[-1])
     finally:
         _held = None
 
 
-def _suggest(command: str, root: str) -> None:
+def _suggest(command: str) -> None:
     if _held is not None:
         _held.append(command)
     elif command:
-        output.print_next(command, root)
+        output.print_next(command)

@@ -90,23 +90,27 @@ def run_submit(options: SubmitOptions) -> int:
         raise ValueError("submit needs a verb\nhint: python -m jobs submit --wait embed NAME --root s3://...")
     _, inner = parse_command(options.words)  # the job may be the first to see the root
     submission = make_submission(options.words, inner, options)
-    _check_work(options.words, inner)
+    _check_work(options.words, inner, mention=not options.wait)
     return run_submission(submission, options)
 
 
-def _check_work(words: tuple[str, ...], inner: Any) -> None:
-    """ValueError if the job would reject its settings, or its root if that is a local folder."""
+def _check_work(words: tuple[str, ...], inner: Any, *, mention: bool) -> None:
+    """ValueError if the job would reject its settings, or its root if that is a local folder.
+
+    `mention`: name settings of the demo. The job does so too, in the log that `--wait` shows.
+    """
     verb = words[0]
     if verb == "pipeline":
         from jobs.cli.pipeline import check_pipeline
-        check_pipeline(inner, here=False)
+        check_pipeline(inner, here=False, mention=mention)
     elif verb == "rebuild":
         from jobs.checks.verbs import can_read
         from jobs.cli.publish import check_rebuild
-        check_rebuild(parse_command(words, read_root=can_read(inner.common.root, here=False))[1], here=False)
+        published = can_read(inner.common.root, here=False)
+        check_rebuild(parse_command(words, read_root=published)[1], here=False, mention=mention)
     elif verb == "train":
         from jobs.cli.model import check_train
-        check_train(inner, here=False)
+        check_train(inner, here=False, mention=mention)
 
 
 def make_submission(words: tuple[str, ...], inner: Any, options: SubmitOptions) -> Submission:

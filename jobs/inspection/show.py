@@ -1,5 +1,6 @@
 """`show`: all data about one row of a dataset, and its image as a file."""
 
+import difflib
 import io
 import logging
 import os
@@ -75,8 +76,13 @@ def _only_in_ledgers(root: str, datasets: list[Dataset], text: str) -> dict[str,
         if entries := ledger_entries(dataset, {text}):
             return {"dataset": dataset.label, "version": dataset.version, "key": text, "row": None, "ledger": entries}
     where = ", ".join(dataset.label for dataset in datasets) or "no sealed dataset"
+    first, _, key = text.partition("/")
+    names = [dataset.name for dataset in datasets]
+    close = difflib.get_close_matches(first, names, n=1) if key else []
+    hint = ("python -m jobs ls" if not datasets else f"did you mean {close[0]}/{key}?" if close else
+            f"python -m jobs search {first if first in names else names[0]} WORDS, which shows keys and names")
     raise ValueError(f"{storage.normalize(root)} has no row {text}: expected a key or a name in the source, looked in "
-                     f"{where}\nhint: python -m jobs ls")
+                     f"{where}\nhint: {hint}")
 
 
 def _describe(row: DatasetRow, out: str) -> dict[str, Any]:

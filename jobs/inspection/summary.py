@@ -7,6 +7,7 @@ from jobs.inspection.status import COUNT_PARAMETERS
 from jobs.runs.newest_run import find_newest_run
 from jobs.runs.run import Run
 from jobs.telemetry.units import format_bytes, format_count, format_duration, format_number
+from model.config import TrainConfig
 from pipeline import storage
 from pipeline.datasets.dataset import datasets
 from pipeline.datasets.published import open_dataset
@@ -17,6 +18,8 @@ from pipeline.stages.stage import Stage
 _FACTS = {"index": ("key", "recall_at_10"), "neighbors": ("k", "database"), "train": ("steps", "loss"),
           "shard": ("format",)}
 """Facts of a manifest that people look for, by stage."""
+_SLOWEST = 4
+"""Parts of a rebuild whose seconds people see."""
 _PROMPT = "--prompt 'a red apple'"
 
 
@@ -43,6 +46,16 @@ def summarize_stage(stage: Stage, manifest: dict[str, Any]) -> str:
         side = Run(stage.root, stage.path.split("/")[1]).image_size
         lines.append(f"  {side} x {side} pixels, the size that the run was trained with")
     return "\n".join(lines)
+
+
+def summarize_rebuild(result: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    """The result of a rebuild in a few lines: rows that were counted, and the seconds of the slowest parts."""
+    counts = {name: value for name, value in result.items() if isinstance(value, int) and not isinstance(value, bool)}
+    rows = ", ".join(f"{format_count(value)} {name}" for name, value in counts.items() if value)
+    slowest = sorted(seconds.items(), key=lambda part: -part[1])[:_SLOWEST]
+    times = ", ".join(f"{part} {value:g}" for part, value in slowest if value)
+    return {name: value for name, value in result.items() if name not in counts} | {
+        "rows": rows or "none", "seconds": f"{sum(seconds.values()):.1f}" + (f": {times}" if times else "")}
 
 
 def next_command(stage: Stage) -> str:
@@ -76,7 +89,8 @@ def _after_neighbors(stage: Stage) -> str:
     dataset, database = _dataset(stage), stage.path.rsplit("/", 1)[1]
     name = dataset.partition("@")[0]
     other = "" if database.partition("@")[0] == name else f" --database {database}"
-    return f"train {name}_run --dataset {dataset}{other}"
+    fewer = f" --k {stage.section()['k']}" if stage.section()["k"] < TrainConfig.k else ""
+    return f"train {name}_run --dataset {dataset}{other}{fewer}"
 
 
 def _after_training(stage: Stage) -> str:

@@ -21,11 +21,7 @@ _OF_RUNS = {"samples": "sample", "judges": "evaluate", "evaluations": "evaluate"
 
 
 def find_command(root: str, path: str, keys: ReleaseKeys) -> str:
-    """The command that repairs `path`, a folder or file below a root. The log adds `--root`."""
-    return _find_command(root, path, keys).replace(f" --root {root}", "")
-
-
-def _find_command(root: str, path: str, keys: ReleaseKeys) -> str:
+    """The command that repairs `path`, a folder or file below a root. The log writes its `--root`."""
     if path.startswith("takedowns/"):
         return f"python -m jobs repair {(list_published(root) or ['NAME'])[0]}"
     kind, name, *rest = path.split("/")

@@ -103,8 +103,9 @@ def builds(plan: PlanConfig, settings: Settings, used: Rates) -> list[Build]:
     """A build for each combination of images and rows. ValueError if GPUs and rates do not fit each other."""
     if plan.gpus and not (used.embed.gpu or used.exact.gpu or used.train.gpu):
         raise ValueError("--gpus: the rates are those of workers without a GPU\n"
-                         "hint: python -m jobs plan --measure FILE where there are GPUs; or run a sample on them, then "
-                         "plan --from ROOT --from-gpu; or rates of your own with \"gpu\": true: --rates FILE")
+                         "hint: python -m jobs plan --measure FILE, where there are GPUs; or run a sample on them, "
+                         "then python -m jobs plan --from ROOT --from-gpu; or rates of your own with \"gpu\": true: "
+                         "--rates FILE")
     corpus = next((PURPOSES[name] for name, recipe in RECIPES.items() if recipe().train.unet == settings.train.unet),
                   PURPOSES["tiny"])
     kept = parse_size(plan.memory, "--memory")

@@ -8,6 +8,7 @@ from itertools import takewhile
 from jobs.runs.newest_run import runs_by_age
 from jobs.runs.run import Run
 from jobs.sampling.mixture import Mixture
+from jobs.sampling.queries import NAMED_PROMPTS, prompt_flags
 from jobs.training.export import BUNDLED, BUNDLED_RUN, Import, import_run
 from pipeline import storage
 from pipeline.embeddings.embed import dataset_encoder
@@ -15,7 +16,7 @@ from pipeline.embeddings.embed import dataset_encoder
 _log = logging.getLogger(__name__)
 
 
-def default_run(databases: Sequence[Mixture], prompt: str, *, dry_run: bool = False) -> Run | None:
+def default_run(databases: Sequence[Mixture], prompts: Sequence[str], *, dry_run: bool = False) -> Run | None:
     """The newest finished run with the encoder of the databases, or else the bundled model, which becomes a run.
 
     The log names newer runs that are not finished. None on a dry run if the bundled model is no run yet. ValueError if
@@ -29,8 +30,8 @@ def default_run(databases: Sequence[Mixture], prompt: str, *, dry_run: bool = Fa
     for newer in takewhile(lambda newer: newer != run, runs):
         step, root = newer.latest_step(), storage.redact_credentials(newer.root)
         _log.info("sample: the run %s is at step %d of %d and is not used; to use it: python -m jobs sample %s "
-                  "--prompt %s --database %s --root %s", newer.name, step, newer.config(step)["steps"], newer.name,
-                  shlex.quote(prompt), shlex.quote(databases[0].label), shlex.quote(root))
+                  "%s --database %s --root %s", newer.name, step, newer.config(step)["steps"], newer.name,
+                  prompt_flags(prompts), shlex.quote(databases[0].label), shlex.quote(root))
     if finished is None:
         if Import(run, BUNDLED).kept["encoder"] != encoder:
             raise ValueError(f"no finished run in {run.root} has the encoder of {database.label}, {encoder['model']} "
@@ -40,5 +41,6 @@ def default_run(databases: Sequence[Mixture], prompt: str, *, dry_run: bool = Fa
             return None
         import_run(run, BUNDLED)
     about = ", the bundled model, which was trained on emoji" if run.name == BUNDLED_RUN else ""
-    _log.info("sample: %r with the run %s%s", prompt, run.name, about)
+    more = f" and {len(prompts) - NAMED_PROMPTS} more" if len(prompts) > NAMED_PROMPTS else ""
+    _log.info("sample: %s%s with the run %s%s", ", ".join(map(repr, prompts[:NAMED_PROMPTS])), more, run.name, about)
     return run

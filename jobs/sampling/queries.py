@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from pipeline.tables.names import table_kind
 _log = logging.getLogger(__name__)
 _MOST_PIXELS = 100_000_000
 FROM_P_D = "from p_D"
+NAMED_PROMPTS = 5
+"""More prompts are not spelled out in messages and commands."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,13 @@ def query_title(picture: dict[str, Any]) -> str:
     """The title of the query of an entry in samples.json. Older files have prompts only."""
     kind = picture.get("kind", "prompt")
     return picture["prompt"] if kind == "prompt" else picture["image"]["name"] if kind == "image" else FROM_P_D
+
+
+def prompt_flags(prompts: Sequence[str]) -> str:
+    """The flags of a command with these prompts, or with a file if there are many."""
+    if len(prompts) > NAMED_PROMPTS:
+        return "--prompts FILE"
+    return " ".join(f"--prompt {shlex.quote(prompt)}" for prompt in prompts)
 
 
 def build_queries(prompts: Sequence[str], paths: Sequence[str], unconditional: int, count: int = 1

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -23,7 +24,7 @@ from jobs.sampling.generator import (
 )
 from jobs.sampling.grid import SHOWN_NEIGHBORS, grid_cell, read_cells, write_cells
 from jobs.sampling.mixture import Mixture, as_mixture
-from jobs.sampling.queries import Query, build_queries, read_image
+from jobs.sampling.queries import Query, build_queries, prompt_flags, read_image
 from jobs.sampling.retrieval import RetrievedNeighbors, Retriever, SampledRow, p_d_identity
 from model.training.precision import compute_dtype
 from pipeline import storage
@@ -41,7 +42,6 @@ from pipeline.stages.types import Item, Output
 
 _log = logging.getLogger(__name__)
 _THUMBNAIL_PIXELS = 256
-_NAMED_PROMPTS = 5  # more are not spelled out in the command of a hint
 _GRID_ROWS = 100  # a cell of a large image has megabytes, and all cells of a database are in memory
 
 
@@ -79,9 +79,9 @@ class Sampling(Stage):
 
     @property
     def command(self) -> str:
-        options = "".join(f" --prompt {prompt!r}" for prompt in self.prompts[:_NAMED_PROMPTS])
-        options = options if len(self.prompts) <= _NAMED_PROMPTS else " --prompts FILE"
-        options += "".join(f" --image {image!r}" for image in self.pictures)
+        options = f" {prompt_flags(self.prompts)}" if self.prompts else ""
+        options += "".join(f" --image {shlex.quote(image)}" for image in self.pictures)
+        options += "".join(f" --database {shlex.quote(database.label)}" for database in self.databases)
         options += "".join(f" --{name} {value}" for name, value, usual in (
             ("unconditional", self.query_config.unconditional, 0), ("count", self.query_config.count, 1))
                            if value != usual)

@@ -88,6 +88,8 @@ class Match:
 
 def search_databases(databases: Sequence[Dataset], query: SearchQuery, encoder: ClipConfig, count: int) -> list[Match]:
     """The `count` nearest samples of all databases, nearest first. Samples that the query names are left out."""
+    if count < 1:
+        raise ValueError(f"count = {count}: must be at least 1\nhint: --count 10")
     known = {database.label: database for database in databases}
     named = [_find_sample(known, databases[0], text) for text in query.like]
     vector = _query_vector(databases, query, encoder, named)
@@ -111,11 +113,12 @@ def _query_vector(databases: Sequence[Dataset], query: SearchQuery, encoder: Cli
     if query.texts or query.images or query.minus:
         for database in databases:
             check_encoder(encoder, database.label, dataset_encoder(database))
+        pictures = [read_image(path) for path in query.images]  # before the encoder, which takes seconds to load
         from pipeline.embeddings import clip
         loaded = clip.load_encoder(encoder)
         if query.texts:
             parts.append(loaded.texts(query.texts))
-        parts += [loaded.images(loaded.prepared(read_image(path))[None]) for path in query.images]
+        parts += [loaded.images(loaded.prepared(picture)[None]) for picture in pictures]
         if query.minus:
             minus.append(loaded.texts(query.minus))
     vector = np.concatenate(parts).astype(np.float32).mean(0)

@@ -66,8 +66,12 @@ def stop() -> None:
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Name the work of the block, such as "starting Ray". The line shows it if it takes long."""
-    _doing.append(entry := (what, time.monotonic()))
+    """Name the work of the block, such as "starting Ray". The line shows it if it takes long.
+
+    Time counts from the first of the open blocks with this name: the stage `sample` continues the verb `sample`.
+    """
+    began = next((began for name, began in _doing if name == what), time.monotonic())
+    _doing.append(entry := (what, began))
     try:
         yield
     finally:

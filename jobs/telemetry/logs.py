@@ -24,7 +24,6 @@ _TORCHRUN_S = 15.0  # torchrun looks at its processes ten times a second, but an
 _log = logging.getLogger(__name__)
 _warning_text = warnings.formatwarning
 _about: dict[str, str] = {}
-_root = ""
 
 
 class _Stderr(logging.StreamHandler):
@@ -72,7 +71,7 @@ class _Text(logging.Formatter):
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        return _escape(super().format(record))
+        return _escape(output.fit_commands(super().format(record)))
 
 
 class _Json(logging.Formatter):
@@ -84,7 +83,8 @@ class _Json(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         event = {"time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z",
-                 "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+                 "level": record.levelname.lower(), "logger": record.name,
+                 "message": output.fit_commands(record.getMessage())}
         held = current_item.get()
         event |= _about if held is None else _known(stage_labels(held[0], held[1]))
         if held is not None:
@@ -110,8 +110,7 @@ def current_format() -> str:
 
 def configure_logging(form: str = "text", root: str = "") -> None:
     """Log in this format from now on. `root`: the root of the command, for the commands in hints."""
-    global _root
-    _root = root
+    output.name_root(root)
     logging.basicConfig(level=logging.WARNING, handlers=[_handler])
     _handler.setFormatter(_Json() if form == "json" else _Text())
     logging.captureWarnings(form == "json")
@@ -156,7 +155,7 @@ def log_exit(text: str, level: int = logging.ERROR, **fields: Any) -> None:
     """Log why the command ends: as text, or as an event with a separate hint."""
     if os.environ.get("LOCAL_RANK", "0") != "0" and (level < logging.ERROR or _is_ended_by_torchrun()):
         return  # the first process of this machine says it
-    text = output.add_root(text, _root)
+    text = output.fit_commands(text)
     if current_format() == "text":
         sys.stderr.write(_escape(f"error: {text}" if level == logging.ERROR else text) + "\n")
         return

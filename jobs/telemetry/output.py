@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,23 @@ from pipeline import storage
 
 PROGRAM = "rdm" if Path(sys.argv[0]).name == "rdm" else "python -m jobs"
 """How the user called the program."""
+DEFAULT_ROOT = "data"
+"""The root of a command that names none."""
 LAYOUT = "\n\t"
 _LINE = 80  # characters of a line of a result
 # Bold and its end. tables.render makes them on a terminal.
 _STYLE = re.compile("(\x1b\\[1m|\x1b\\[0m)")
-_COMMAND = re.compile(r"(python -m jobs (?!VERB|submit)[a-z]+)((?:(?!; |, |\. |\n|python -m jobs ).)*)")
+# A command ends where a line, a sentence or an alternative ends. The words of `submit` are those of another verb.
+_COMMAND = re.compile(r"python -m jobs (?!VERB|submit\b)[a-z]+(?:'[^'\n]*'|\"[^\"\n]*\"|"
+                      r"(?!; |, |\. |\.?$| or |[\n)`\\]|\s*python -m jobs ).)*", re.MULTILINE)
 _ROOT = re.compile(r"(?<!\S)--root\b")
 _COLOR = re.compile("\x1b\\[[0-9;]*m")
+_root = ""
 
 
 def print_text(text: str, end: str = "\n") -> None:
     """Print text. Control characters become visible escapes, except for line ends, tabs and bold type."""
-    print(escape_text(text), end=end, flush=True)
+    _write(escape_text(text) + end)
 
 
 def escape_text(text: str) -> str:
@@ -42,7 +48,24 @@ def escape_document(value: Any) -> Any:
 
 def print_json(document: Any, indent: int | None = None) -> None:
     """Print a JSON document. Characters outside of ASCII are escaped."""
-    print(json.dumps(document, indent=indent, ensure_ascii=True), flush=True)
+    _write(json.dumps(document, indent=indent, ensure_ascii=True) + "\n")
+
+
+def print_answer(document: Any, text: Callable[[], str], *, as_json: bool) -> None:
+    """Print a result: its document, or the text for people, which is made only then."""
+    if as_json:
+        print_json(document, indent=1)
+    else:
+        print_text(text())
+
+
+def _write(text: str) -> None:
+    """Write to stdout. An OSError names it: it may be a full disk."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        error.filename = "stdout"
+        raise
 
 
 def wants_json(flag: bool) -> bool:
@@ -79,18 +102,29 @@ def _plain_value(value: Any) -> str:
     return str(value)
 
 
-def print_next(command: str, root: str) -> None:
-    """Print the command that usually follows, as the user calls the program."""
-    print_text(f"next: {add_root(command, root).replace('python -m jobs', PROGRAM, 1)}")
+def name_root(root: str) -> None:
+    """Give the commands of `fit_commands` this root, as the user wrote it. "" if the user named none."""
+    global _root
+    _root = root
 
 
-def add_root(text: str, root: str) -> str:
-    """A message whose commands name the root, as `python -m jobs verify --root ROOT`. Without `root` the default holds.
+def print_next(command: str) -> None:
+    """Print the command that usually follows."""
+    print_text(f"next: {fit_commands(command)}")
 
-    A command ends where a line, a sentence or an alternative ends.
+
+def fit_commands(text: str) -> str:
+    """A message whose commands are those that the user would type: called in the same way, with the root at the end.
+
+    Code below the command line writes `--root` with the whole path, or none. A command with another root keeps it.
     """
-    return _COMMAND.sub(lambda match: match[0] if not root or _ROOT.search(match[2])
-                        else f"{match[1]} --root {storage.redact_credentials(shlex.quote(root))}{match[2]}", text)
+    if "python -m jobs " not in text:
+        return text
+    whole = re.escape(storage.normalize(_root or DEFAULT_ROOT))
+    text = re.sub(rf" --root {whole}(?![^\s;,)`'\"])", "", text)
+    ending = f" --root {storage.redact_credentials(shlex.quote(_root))}" if _root else ""
+    return _COMMAND.sub(lambda match: match[0] + ("" if _ROOT.search(match[0]) else ending),
+                        text).replace("python -m jobs", PROGRAM)
 
 
 def plain_log(text: str) -> str:

@@ -29,9 +29,13 @@ def format_number(value: float | None, digits: int | None = None) -> str:
 
 
 def format_share(part: float, whole: float, digits: int = 1) -> str:
-    """A percentage from 0 to 100, rounded down: it is 100 only if nothing is missing. Nothing of nothing is 100 %."""
-    steps = 10 ** digits
-    share = int(100 * steps * min(max(part, 0), whole) // whole) / steps if whole > 0 else 100.0
+    """A percentage from 0 to 100, rounded to the nearest: it is 100 only if nothing is missing.
+
+    Nothing of nothing is 100 %.
+    """
+    share = 100 * min(max(part, 0), whole) / whole if whole > 0 else 100.0
+    if part < whole:
+        share = min(share, 100 - 10 ** -digits)
     return f"{share:.{digits}f}%"
 
 

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -26,6 +28,7 @@ image_size = 16
 model_channels = 32
 """
 _EVALUATE = ["--prompt", HOSTILE, "--judge-steps", "2", "--steps", "2", "--sweep-k", "1", "--sweep-guidance", "1"]
+_WITHOUT_DRY_RUN = ("search", "report")
 _SAMPLE = ["--database", "flat", "--steps", "2", "--k", "2", "--name"]
 
 
@@ -107,6 +110,10 @@ def test_verbs_print_no_control_characters_of_others(place: Path) -> None:
     root = str(place / "root")
     shown = check_verbs(_with_root(_commands(place), root))
     assert not {verb: said for verb, said in shown.items() if "EXIT 0" not in said}
+    following = {line: [*shlex.split(line), *([] if line.startswith(_WITHOUT_DRY_RUN) else ["--dry-run"])]
+                 for said in shown.values() for line in re.findall(r"^next: python -m jobs (.*)$", said, re.MULTILINE)}
+    assert len(following) > 9 and all(f" --root {root}" in line for line in following)
+    check_verbs([words for line, words in following.items() if SHOWN not in line], expected="0")
     tried = {words[0] for words in [*_commands(place), *_refused(place)]}
     assert tried - {HOSTILE} == VERBS.keys()
     refused = check_verbs(_with_root(_refused(place), root))

@@ -3,11 +3,11 @@
 import logging
 import sys
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import tyro
 
-from jobs.cli.options import CommonOptions, Flat, SigningOptions
+from jobs.cli.options import CommonOptions, Flat, ResultAsJson, SigningOptions
 from jobs.telemetry import heartbeat, output
 from jobs.telemetry.units import format_bytes, format_count
 from pipeline import storage
@@ -29,17 +29,13 @@ class ShowOptions:
     """Dataset to look into. Default: the published version, or v1, of every dataset."""
     out: str = ""
     """File for the image. Default: a file in the folder for temporary files."""
-    json: bool = False
-    """Print JSON. It is the default without a terminal."""
+    json: ResultAsJson = False
 
 
 def run_show(options: ShowOptions) -> int:
     from jobs.inspection.show import row_text, show_row
     document = show_row(options.common.root, options.key, options.dataset, options.out)
-    if output.wants_json(options.json):
-        output.print_json(document, indent=1)
-    else:
-        output.print_text(row_text(document))
+    output.print_answer(document, lambda: row_text(document), as_json=output.wants_json(options.json))
     return 0
 
 
@@ -53,24 +49,19 @@ class LsOptions:
     common: Flat[CommonOptions]
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(
         metavar="TARGET", help="NAME, NAME@VERSION, or a path of the root such as runs/RUN.")] = ""
-    json: bool = False
-    """Print JSON. It is the default without a terminal."""
+    json: ResultAsJson = False
 
 
 def run_ls(options: LsOptions) -> int:
     from jobs.inspection import contents
     from jobs.runs.targets import target_path
-    root = storage.normalize(options.common.root)
+    root, as_json = storage.normalize(options.common.root), output.wants_json(options.json)
     if options.target:
-        entries = contents.list_stages(root, target_path(root, options.target))
-        text = contents.stages_table(entries)
+        stages = contents.list_stages(root, target_path(root, options.target))
+        output.print_answer(stages, lambda: contents.stages_table(stages), as_json=as_json)
     else:
         entries = contents.list_contents(root)
-        text = contents.contents_table(entries, root)
-    if output.wants_json(options.json):
-        output.print_json(entries, indent=1)
-    else:
-        output.print_text(text)
+        output.print_answer(entries, lambda: contents.contents_table(entries, root), as_json=as_json)
     return 0
 
 
@@ -88,6 +79,7 @@ class RmOptions:
     """Also remove a published dataset, with all of its versions."""
     yes: bool = False
     """Do not ask. Without a terminal it must be given."""
+    json: ResultAsJson = False
     signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
 
 
@@ -95,16 +87,15 @@ def run_rm(options: RmOptions) -> int:
     from jobs.inspection.status import read_status
     from jobs.publishing.remove import plan_removal, remove
     from jobs.runs.targets import target_path
-    root = storage.normalize(options.common.root)
+    root, as_json = storage.normalize(options.common.root), output.wants_json(options.json)
     path = target_path(root, options.target)
     removal = plan_removal(root, path, [state["path"] for state in read_status(root)], options.signing.keys(),
                            published=options.published)
     files = f"{format_count(removal.files, 'file')}, {format_bytes(removal.bytes)}"
     if options.common.dry_run:
-        here = storage.redact_credentials(root)
-        first = [f"first: python -m jobs rm {user} --root {here}" for user in removal.blocked_by]
-        _print_removal("\n".join([f"would remove {path}: {files}", *first]),
-                       removal.document() | {"dry_run": True, "blocked_by": list(removal.blocked_by)})
+        first = [output.fit_commands(f"first: python -m jobs rm {user}") for user in removal.blocked_by]
+        output.print_answer(removal.document() | {"dry_run": True, "blocked_by": list(removal.blocked_by)},
+                            lambda: "\n".join([f"would remove {path}: {files}", *first]), as_json=as_json)
         return 2 if removal.blocked_by else 0
     removal.refuse_blocked()
     if not options.yes:
@@ -117,15 +108,8 @@ def run_rm(options: RmOptions) -> int:
             _log.info("rm: nothing was removed")
             return 1
     remove(removal)
-    _print_removal(f"removed {path}: {files}", removal.document())
+    output.print_answer(removal.document(), lambda: f"removed {path}: {files}", as_json=as_json)
     return 0
-
-
-def _print_removal(text: str, document: dict[str, Any]) -> None:
-    if output.wants_json(False):
-        output.print_json(document)
-    else:
-        output.print_text(text)
 
 
 def _confirm(question: str) -> bool:

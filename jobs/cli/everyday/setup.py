@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from jobs.cli.options import CommonOptions, Flat
+from jobs.cli.options import CommonOptions, Flat, ResultAsJson
 from jobs.telemetry import output
 from pipeline import storage
 
@@ -24,8 +24,7 @@ class InitOptions:
                                 "demo: the demo.")]
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE", help="The file to write (.toml).")]
     common: Flat[CommonOptions]
-    json: bool = False
-    """Print JSON. It is the default without a terminal."""
+    json: ResultAsJson = False
 
 
 def run_init(options: InitOptions) -> int:
@@ -42,10 +41,9 @@ def run_init(options: InitOptions) -> int:
         raise ValueError(f"there is no folder for {options.file}\n"
                          f"hint: mkdir -p {shlex.quote(str(Path(options.file).parent))}") from None
     following = f"{output.PROGRAM} {STARTERS[options.purpose].commands[0]} --config {quoted}"
-    if output.wants_json(options.json):
-        output.print_json({"file": options.file, "purpose": options.purpose, "next": following})
-    else:
-        output.print_text(f"{options.file} is written. Next:\n  {following}")
+    output.print_answer({"file": options.file, "purpose": options.purpose, "next": following},
+                        lambda: f"{options.file} is written. Next:\n  {following}",
+                        as_json=output.wants_json(options.json))
     return 0
 
 
@@ -57,15 +55,12 @@ class DoctorOptions:
                           "doctor --root s3://bucket/rdm --json")
 
     common: Flat[CommonOptions]
-    json: bool = False
-    """Print JSON. It is the default without a terminal."""
+    json: ResultAsJson = False
 
 
 def run_doctor(options: DoctorOptions) -> int:
     from jobs.inspection.doctor import checks_text, run_checks
     checks = run_checks(storage.normalize(options.common.root))
-    if output.wants_json(options.json):
-        output.print_json([check.document() for check in checks], indent=1)
-    else:
-        output.print_text(checks_text(checks))
+    output.print_answer([check.document() for check in checks], lambda: checks_text(checks),
+                        as_json=output.wants_json(options.json))
     return int(any(check.state == "failed" for check in checks))

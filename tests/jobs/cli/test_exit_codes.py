@@ -3,13 +3,15 @@
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs.cli.main import main
 from jobs.cli.parse import VERBS
-from jobs.telemetry.output import add_root
+from jobs.telemetry.output import fit_commands, name_root
+from pipeline import storage
 
 
 @pytest.fixture
@@ -70,14 +72,33 @@ def test_invalid_usage_ends_with_2(root: Path) -> None:
         assert main([*command, "--root", str(root), "--local"]) == 2
 
 
+@pytest.fixture
+def named_root() -> Iterator[str]:
+    name_root("a root")
+    yield "--root 'a root'"
+    name_root("")
+
+
 @pytest.mark.parametrize("text, expected", [
-    ("a\nhint: python -m jobs verify", "a\nhint: python -m jobs verify --root /r"),
+    ("a\nhint: python -m jobs verify", "a\nhint: python -m jobs verify ROOT"),
     ("hint: python -m jobs rollback n; or python -m jobs rebuild n --source S",
-     "hint: python -m jobs rollback --root /r n; or python -m jobs rebuild --root /r n --source S"),
-    ("hint: python -m jobs embed n --root /other", "hint: python -m jobs embed n --root /other"),
+     "hint: python -m jobs rollback n ROOT; or python -m jobs rebuild n --source S ROOT"),
+    ("hint: python -m jobs gc n --keep 3 or python -m jobs ls.\n",
+     "hint: python -m jobs gc n --keep 3 ROOT or python -m jobs ls ROOT.\n"),
+    ("see `python -m jobs ls n` (python -m jobs recipes), which",
+     "see `python -m jobs ls n ROOT` (python -m jobs recipes ROOT), which"),
+    ("next: python -m jobs sample 'it'\"'\"'s a b; c, d' --database n",
+     "next: python -m jobs sample 'it'\"'\"'s a b; c, d' --database n ROOT"),
+    ("hint: python -m jobs shard n --root HERE --overwrite", "hint: python -m jobs shard n --overwrite ROOT"),
+    ("hint: python -m jobs embed n --root HERE2", "hint: python -m jobs embed n --root HERE2"),
     ("hint: python -m jobs submit embed n --root s3://b", "hint: python -m jobs submit embed n --root s3://b"),
     ("hint: --overwrite", "hint: --overwrite"),
 ])
-def test_commands_in_hints_name_the_root(text: str, expected: str) -> None:
-    assert add_root(text, "/r") == expected
-    assert add_root(text, "") == text
+def test_commands_in_hints_end_with_the_root_as_the_user_wrote_it(text: str, expected: str, named_root: str) -> None:
+    assert fit_commands(text.replace("HERE", storage.normalize("a root"))) == expected.replace(
+        "HERE", storage.normalize("a root")).replace("ROOT", named_root)
+
+
+def test_commands_in_hints_have_no_root_if_the_user_wrote_none() -> None:
+    assert fit_commands(f"python -m jobs embed n --root {storage.normalize('data')}") == "python -m jobs embed n"
+    assert fit_commands("python -m jobs embed n --root /other") == "python -m jobs embed n --root /other"

@@ -17,6 +17,7 @@ from jobs.cli.main import main
 from jobs.cli.parse import VERBS, parse_command
 from jobs.config.recipes import RECIPES
 from jobs.config.toml import resolve_settings
+from tests.laws.terminal import run_on_screen
 
 ROOT = Path(__file__).parents[3]
 
@@ -324,6 +325,12 @@ def test_a_closed_stream_is_no_error(tmp_path: Path, closed: str) -> None:
         shell = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "jobs", *words]
         ended = subprocess.run(shell, capture_output=True, text=True, timeout=60)
         assert (ended.returncode, ended.stderr, bool(ended.stdout)) == (0, "", closed == "2>&-")
+
+
+def test_nothing_of_ray_stays_on_a_terminal() -> None:
+    seen = run_on_screen([sys.executable, "-m", "jobs", "submit", "--address", "http://127.0.0.1:1", "doctor", "--root",
+                          "/r"])
+    assert (seen.code, seen.raw.partition("hint: ")[2].count("\x1b")) == (2, 0)
 
 
 def test_a_verb_without_its_arguments_prints_an_example(caplog: pytest.LogCaptureFixture) -> None:

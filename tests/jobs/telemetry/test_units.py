@@ -64,7 +64,7 @@ def test_hours_are_bare_numbers() -> None:
 
 
 def test_shares_are_from_0_to_100_and_100_only_if_nothing_is_missing() -> None:
-    assert [format_share(part, whole) for part, whole in ((1, 3), (0, 5), (5, 5), (99_999, 100_000), (0, 0))] == [
-        "33.3%", "0.0%", "100.0%", "99.9%", "100.0%"]
+    pairs = ((1, 3), (0, 5), (5, 5), (99_999, 100_000), (302, 303), (0, 0))
+    assert [format_share(*pair) for pair in pairs] == ["33.3%", "0.0%", "100.0%", "99.9%", "99.7%", "100.0%"]
     assert [format_share(part, whole, 0) for part, whole in ((-1, 10), (11, 10), (1, 0), (199, 200))] == [
         "0%", "100%", "100%", "99%"]
