@@ -28,6 +28,7 @@ class Starter:
 
 _DATA = ("shard", "embed", "index", "neighbors")
 _MODEL = (*_DATA, "latents", "train", "sample", "evaluate", "cluster")
+_TRAIN = ("pipeline NAME --source FOLDER", "latents NAME", "train RUN --dataset NAME --latents")
 STARTERS = {
     "photographs": Starter(
         "Train a model on photographs of your own at 256 pixels, on one GPU.", "imagenet_400m", _MODEL,
@@ -35,14 +36,14 @@ STARTERS = {
          "embed.model": "ViT-B-32-quickgelu", "embed.pretrained": "openai", "neighbors.vectors": True,
          "latents.first_stage": "", "train.global_batch": 64, "train.steps": 500_000,
          "cluster.workers": 1, "cluster.gpus": 1.0},
-        ("pipeline NAME --source FOLDER", "latents NAME", "train RUN --dataset NAME --latents")),
+        _TRAIN),
     "art": Starter(
         "Train a model on art at 768 pixels, on a cluster with GPUs.", "laion_1p3b", _MODEL,
         {"shard.image_size": 768, "shard.min_size": 512, "shard.duplicates": "near",
          "embed.model": "ViT-L-14-quickgelu", "embed.pretrained": "openai", "neighbors.vectors": True,
          "latents.first_stage": "", "train.global_batch": 1280, "train.steps": 1_000_000,
          "cluster.workers": 64, "cluster.gpus": 1.0},
-        ("pipeline NAME --source FOLDER", "latents NAME", "train RUN --dataset NAME --latents")),
+        _TRAIN),
     "style": Starter(
         "Publish images of your own as a style database. Its encoder must be that of the run that samples with it.",
         "style", ("shard", "embed", "index", "rebuild", "sample", "cluster"),

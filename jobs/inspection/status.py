@@ -11,7 +11,7 @@ from jobs.runs.labels import run_labels, stage_labels
 from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from jobs.telemetry import progress_bar, tables
-from jobs.telemetry.units import format_bytes
+from jobs.telemetry.units import format_bytes, format_count
 from pipeline import storage
 from pipeline.datasets import version_marks
 from pipeline.datasets.dataset import Dataset
@@ -192,6 +192,8 @@ def _state(root: str, path: str) -> dict[str, Any]:
             fault = run.fault()
             state = "failed" if fault else f"at step {steps[-1]}" if steps else "planned"
             about |= {"dataset": _dataset(plan), "curve": _last(read_metrics(run)), "fault": fault}
+            if steps:
+                about["of_steps"] = run.config(steps[-1]).get("steps")
         return about | {"state": "stale" if changed else state, "changed": changed, "failed": failed}
     sealed = about | {"state": "stale" if changed else "sealed", "changed": changed,
                       **{key: manifest["totals"][key] for key in ("samples", "bytes", "skipped", "noted")},
@@ -229,6 +231,8 @@ def _detail(state: dict[str, Any]) -> str:
     said = [f"{state['failed']} failed"] if state.get("failed") else []
     if fault := state.get("fault"):
         said.append((fault["message"].splitlines() or [fault["kind"]])[0])
+    elif state.get("of_steps") and not state.get("progress"):
+        said.append(describe_stopped(state["of_steps"]))
     if now := state.get("progress"):
         # A silent driver may be dead. Its last report is then out of date, but the records are right.
         seconds = seconds_silent(now)
@@ -238,6 +242,11 @@ def _detail(state: dict[str, Any]) -> str:
         said += [progress_bar.describe_devices(now.get("devices", {})),
                  progress_bar.describe_retired(now.get("retired", []))]
     return "; ".join(filter(None, said))
+
+
+def describe_stopped(steps: int) -> str:
+    """The state of a run with a checkpoint that no command trains at this moment."""
+    return f"not running; {format_count(steps, 'step')} in all"
 
 
 def _last(lines: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -75,6 +75,8 @@ def _stage_row(state: dict[str, Any]) -> dict[str, Any]:
         row |= {"step": curve["step"], "loss": curve.get("loss"), "rate": None if rate is None else round(rate, 1)}
     if now and "of_steps" in now:
         row |= {"step": now["step"], "loss": now.get("loss")} | ({} if silent else {"rate": now["rows_per_s"]})
+    if not now and (steps := state.get("of_steps")) and not state.get("fault"):
+        row["stopped"] = status.describe_stopped(steps)
     if fault := state.get("fault"):
         row |= {"error": (fault["message"].splitlines() or [fault["kind"]])[0]}
     return row
@@ -101,8 +103,7 @@ def snapshot_text(now: dict[str, Any]) -> str:
 def _published_cells(name: str, pointer: dict[str, Any]) -> tuple[str, ...]:
     recall = pointer.get("recall@10")
     age = f"{format_duration(time.time() - pointer['published'])} ago" if pointer.get("published") else ""
-    number = f"number {pointer['number']}" if pointer.get("number") is not None else ""
-    return (name, f"{pointer['version']}*", "published", age, number, "", "",
+    return (name, f"{pointer['version']}*", "published", age, "", "", "",
             f"recall@10 {recall:.4f}" if isinstance(recall, float) else "")
 
 
@@ -111,6 +112,8 @@ def _stage_name(row: dict[str, Any]) -> str:
 
 
 def _done_text(row: dict[str, Any]) -> str:
+    if row.get("step") is None and row["stage"] == "train":
+        return ""  # its only item is the whole run
     if row.get("step") is not None:
         return f"step {row['step']}" + ("" if row["loss"] is None else f", loss {row['loss']:.4f}")
     rows = f", {row['rows']}{' of ' + str(row['of_rows']) if row['of_rows'] else ''} rows" if row["rows"] else ""
@@ -124,7 +127,7 @@ def _time_left(row: dict[str, Any]) -> str:
 
 
 def _failures_text(row: dict[str, Any]) -> str:
-    said = [row["error"]] if row["error"] else []
+    said = [text for text in (row["error"], row.get("stopped")) if text]
     said += [describe_failed_gates(row["failed_gates"])] if row["failed_gates"] else []
     said += [f"{row['failed']} items failed"] if row["failed"] else []
     said += [f"{len(row['retired'])} workers retired"] if row["retired"] else []

@@ -32,6 +32,11 @@ from pipeline.neighbors.files import has_vectors, neighbor_files
 OWN = {"image": "embeddings", "caption": "text_embeddings"}
 
 
+def _refuse_below(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} = {value}: must be at least {least}\nhint: {name} = {least}")
+
+
 class Batches:
     """Batches of a dataset with its neighbors in a database, for one calling thread.
 
@@ -46,6 +51,8 @@ class Batches:
         if global_batch < world:
             raise ValueError(f"a global batch of {global_batch} leaves some of {world} workers without a sample\n"
                              f"hint: fewer workers, or a larger global batch")
+        for name, value, least in (("k", k, 1), ("size", size, 0), ("seed", seed, 0)):
+            _refuse_below(name, value, least)
         records = dataset.manifest("shards")["items"]
         counts = tuple(record["samples"] for record in records)
         self.dataset, self.k = dataset, k
@@ -68,6 +75,7 @@ class Batches:
 
     def at(self, step: int) -> dict[str, np.ndarray]:
         """This rank's contiguous part of the global batch of `step`. Some ranks have one more if it does not divide."""
+        _refuse_below("step", step, 0)
         self._look_ahead(step)
         rows = self.forgotten.replace(self.order.rows(step)[self.mine])
         batch = {"image": self.pictures.rows(rows)} if self.pictures else {"latent": self._sample_latents(rows, step)}

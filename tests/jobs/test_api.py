@@ -67,6 +67,17 @@ def test_batches_are_those_of_training(trained_root: Path) -> None:
     assert all(np.array_equal(batch[name], expected[name]) for name in batch)
 
 
+def test_numbers_out_of_bounds_are_refused(trained_root: Path) -> None:
+    root = open_root(str(trained_root))
+    for name, call in {"count = 0": lambda: root.search("flat", "a star", count=0),
+                       "k = -1": lambda: root.batches("drawn", k=-1), "size = -8": lambda: root.batches(
+                           "drawn", image_size=-8), "seed = -1": lambda: root.batches("drawn", seed=-1),
+                       "step = -1": lambda: root.batches("drawn").at(-1),
+                       "batch of 0": lambda: root.batches("drawn", batch_size=0)}.items():
+        with pytest.raises(ValueError, match=name):
+            call()
+
+
 def test_a_root_without_datasets_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no datasets and no runs\nhint: python -m jobs style"):
         open_root(str(tmp_path))

@@ -69,9 +69,17 @@ def test_a_snapshot_has_published_running_failed_and_unfinished_stages(root: str
     lines = {line.split("  ")[0] for line in text.splitlines()}
     assert {"drawn", "flat", "hatched", "outline"} <= lines
     row = next(line for line in text.splitlines() if "published" in line and "drawn" in line)
-    assert "v1*" in row and "3 days 0 h ago" in row and "number 7" in row and "recall@10 0.9500" in row
+    assert "v1*" in row and "3 days 0 h ago" in row and "number" not in row and "recall@10 0.9500" in row
     row = next(line for line in text.splitlines() if line.startswith("flat") and " embed " in line)
     assert "10/s" in row and "30 of 120 rows" in row and "9 s" in row and "1 cut" in row
+
+
+def test_a_run_without_a_command_is_not_running(root: str) -> None:
+    Path(root, "runs/small/manifest.json").unlink()
+    Path(root, "runs/small/metrics.jsonl").unlink()
+    for text in (status.status_table(root, status.read_status(root)), watch.snapshot_text(watch.read_snapshot(root))):
+        row = next(line for line in text.splitlines() if "at step 3" in line)
+        assert "not running; 3 steps in all" in row and "0 of 1" not in row
 
 
 def test_the_four_views_show_the_same_states(root: str) -> None:
