@@ -24,7 +24,7 @@ def check_source(sources: Sequence[str]) -> None:
 
 def check_path(text: str) -> None:
     """ValueError if a local path does not exist, with a path that is spelled like it."""
-    path = Path(storage.local_path(text))
+    path = Path(storage.local_path(text)).expanduser()
     if path.exists():
         return
     parent = next(folder for folder in path.absolute().parents if folder.is_dir())

@@ -129,7 +129,7 @@ def test_an_index_unreadable_for_this_faiss_has_a_hint(root: Path, first: bytes,
         assert run(root, *words) == 1
         said = capfd.readouterr().err
         assert f"the index of art cannot be read: the file is {'' if newer else 'not '}as it was sealed: {why}" in said
-        assert f"hint: python -m jobs index art --root {root} --overwrite" in said and "Traceback" not in said
+        assert f"hint: python -m jobs index art --overwrite --root {root}" in said and "Traceback" not in said
     assert main(["verify", "--root", str(root)]) == 1
     assert "datasets/art/v1/index/knn.index" in capfd.readouterr().out
     assert run(root, "index", "art", "--key", "IVF4,SQ8", "--overwrite") == 0

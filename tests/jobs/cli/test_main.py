@@ -107,8 +107,6 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys) ->
     (["report"], "there is nothing in"),
     (["embed", "some", "--workers", "0"], "cluster.workers = 0: must be at least 1"),
     (["sample", "run", "--steps", "0", "--local"], "sample.steps = 0: must be at least 1"),
-    (["sample", "run", "--prompt", "x", "--database", "y", "--name", "../z", "--local"], "'../z' is not a name"),
-    (["sample", "run", "--prompt", "x", "--prompt", "x", "--database", "y", "--local"], "given twice"),
 ])
 def test_invalid_usage_is_a_sentence_and_exit_2(arguments, sentence: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)

@@ -134,7 +134,7 @@ def test_a_port_that_is_taken_is_named_with_another_one(
     other = port + 1 if port < 65535 else 9108
     assert capsys.readouterr().err == (
         f"error: --serve {host or '127.0.0.1:'}{port}: cannot listen there: Address already in use\n"
-        f"hint: python -m jobs status --root {tmp_path} --serve {host}{other}\n")
+        f"hint: python -m jobs status --serve {host}{other} --root {tmp_path}\n")
 
 
 def test_idle_connections_end_and_cost_no_thread(server: Server) -> None:

@@ -23,7 +23,7 @@ class _Stage:
         self.name, self.path, self.root, self.database = name, path, str(root), database
 
     def section(self) -> dict[str, Any]:
-        return {"database": self.database}
+        return {"database": self.database, "k": 3}
 
 
 def _next_words(*about: Any) -> list[str]:
@@ -74,7 +74,7 @@ def test_a_terminal_gets_text_and_a_pipe_gets_json(prepared_root: Path, tmp_path
     seen = run_on_screen(command, 400)
     lines = [line.rstrip() for line in seen.lines if line.strip()]
     assert seen.code == 0 and lines[-4].startswith("neighbors: ") and "k 20" in lines[-3]
-    assert lines[-1] == f"next: python -m jobs train --root {tmp_path / 'root'} drawn_run --dataset drawn"
+    assert lines[-1] == f"next: python -m jobs train drawn_run --dataset drawn --root {tmp_path / 'root'}"
     piped = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     as_json = run_on_screen([*command, "--json"], 400)
     assert json.loads(piped) == json.loads(next(line for line in as_json.lines if line.startswith("{")))

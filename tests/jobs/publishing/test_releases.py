@@ -43,7 +43,7 @@ def test_a_version_that_was_rolled_back_is_not_published_again(place: Path, caps
     assert '"already": true' in capsys.readouterr().out
     assert storage.read_bytes(f"{root}/datasets/{NAME}/current.json") == pointer
     assert main(["rollback", NAME, "--to", "v9", "--root", root]) == 2
-    assert f"hint: python -m jobs versions --root {root} {NAME}" in capsys.readouterr().err
+    assert f"hint: python -m jobs versions {NAME} --root {root}" in capsys.readouterr().err
     assert main(["versions", NAME, "--root", root]) == 0
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert [re.split("  +", line)[:2] for line in lines] == [["v1", "released"], ["v2", "published"],

@@ -43,7 +43,7 @@ def test_a_list_of_equal_length_with_other_content_is_refused(forgotten: Path,
         rebuild(root, forgotten / "source")
     for flags in ([], ["--quick"]):
         assert main(["verify", *flags, "--root", root]) == 1
-        assert f"hint: python -m jobs repair --root {root} {NAME}\n" in capsys.readouterr().err
+        assert f"hint: python -m jobs repair {NAME} --root {root}\n" in capsys.readouterr().err
     assert main(["repair", NAME, "--root", root]) == 0
     assert json.loads(capsys.readouterr().out)["takedown_list"] == "restored"
     assert json.loads((forgotten / "root/forgotten.json").read_text()) == before
@@ -74,7 +74,7 @@ def test_a_list_that_no_copy_restores_needs_a_decision(forgotten: Path, capsys: 
     _change(forgotten / "root/takedowns/000001.json")
     for verb in (["repair", NAME], ["forget", "--sha256", "1" * 64]):
         assert main([*verb, "--root", root]) == 1
-        assert f"python -m jobs repair --root {root} {NAME} --accept-lost-requests" in capsys.readouterr().err
+        assert f"python -m jobs repair {NAME} --accept-lost-requests --root {root}" in capsys.readouterr().err
     assert main(["repair", NAME, "--accept-lost-requests", "--root", root]) == 0
     assert json.loads(capsys.readouterr().out)["accepted_changes"] is True
     assert main(["verify", "--root", root]) == 0

@@ -303,7 +303,9 @@ def test_a_mixture_has_one_name(names: str, text: str, label: str, item: str) ->
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--image", "nowhere.png"], "cannot read the image nowhere.png"),
+    (["--image", "nowhere.png"], "there is no file or folder nowhere.png"),
+    (["--prompt", "x", "--prompt", "x"], "given twice"),
+    (["--prompt", "x", "--name", "../z"], "'../z' is not a name"),
     (["--image", "{root}"], "cannot read the image"),
     (["--image", "{root}/settings.toml"], "not_a_picture"),
     (["--image", "{picture}", "--image", "{picture}"], "an image is given twice"),

@@ -76,13 +76,13 @@ def test_a_sheet_shows_the_images(databases: list[Dataset], tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    ([], 'search needs words, an image or a sample\nhint: python -m jobs search --root '),
+    ([], 'search needs words, an image or a sample\nhint: python -m jobs search DATASET "red apple" --root '),
     ([" "], "the words to search for are empty"),
     (["--like", "nothing"], "flat has no sample nothing\nhint: "),
     (["--like", "other/nothing"], "flat has no sample other/nothing\nhint: "),
     (["--image", "absent.png"], "absent.png"),
     (["x", "--minus", "x"], "the query has no direction"),
-    (["x", "--count", "0"], "--count 0: must be at least 1\nhint: --count 10"),
+    (["x", "--count", "0"], "count = 0: must be at least 1\nhint: --count 10"),
     (["x", "--model", "ViT-B-32", "--pretrained", "random"], "flat belongs to another encoder than ViT-B-32")])
 def test_an_invalid_query_is_a_sentence(
         words: list[str], sentence: str, databases: list[Dataset], capsys: pytest.CaptureFixture[str]) -> None:

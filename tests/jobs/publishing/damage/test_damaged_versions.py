@@ -48,7 +48,7 @@ def test_verify_and_rollback_check_the_release_of_an_older_version(
     for flags in ([], ["--quick"]):
         assert main(["verify", *flags, "--root", root]) == 1
         out, err = capsys.readouterr()
-        assert fault in out and f"hint: python -m jobs gc --root {root} {NAME} --lease 0" in err
+        assert fault in out and f"hint: python -m jobs gc {NAME} --lease 0 --root {root}" in err
     assert main(["rollback", NAME, "--to", "v1", "--root", root]) == 1
     assert "drawn@v1 was published, and is damaged now: the release of drawn@v1 is " in capsys.readouterr().err
     assert main(["versions", NAME, "--root", root]) == 0
@@ -67,7 +67,7 @@ def test_rollback_distinguishes_unpublished_from_damaged_versions(
     assert "v1 has a release, but the history does not name it: it was never published, or" in capsys.readouterr().err
     assert main(["verify", "--quick", "--root", root]) == 1
     out, err = capsys.readouterr()
-    assert "published/drawn/000001.json: is missing" in out and f"hint: python -m jobs repair --root {root}" in err
+    assert "published/drawn/000001.json: is missing" in out and f"hint: python -m jobs repair drawn --root {root}" in err
     assert main(["repair", NAME, "--root", root]) == 0
     assert main(["verify", "--quick", "--root", root]) == 0
 
@@ -85,7 +85,7 @@ def test_the_hint_names_a_version_that_is_whole(third: Path, capsys: pytest.Capt
     for verb in (["verify"], ["repair", NAME], ["gc", NAME], ["rollback", NAME, "--to", "v2"]):
         assert main([*verb, "--root", root]) == 1, verb
         error = capsys.readouterr().err
-        assert f"hint: python -m jobs rollback --root {root} {NAME} --to v1; or python -m jobs rebuild" in error, verb
+        assert f"hint: python -m jobs rollback {NAME} --to v1 --root {root}; or python -m jobs rebuild" in error, verb
     assert main(["rollback", NAME, "--root", root]) == 0  # by default too
     assert published_dataset(root).version == "v1"
 
@@ -96,7 +96,7 @@ def test_the_hint_is_a_rebuild_if_no_version_is_whole(third: Path, capsys: pytes
         tar.write_bytes(tar.read_bytes()[:-512])
     for verb in (["verify"], ["repair", NAME], ["gc", NAME], ["rollback", NAME], ["rollback", NAME, "--to", "v1"]):
         assert main([*verb, "--root", root]) == 1, verb
-        assert f"\nhint: python -m jobs rebuild --root {root} {NAME} --source SOURCE\n" in capsys.readouterr().err, verb
+        assert f"\nhint: python -m jobs rebuild {NAME} --source SOURCE --root {root}\n" in capsys.readouterr().err, verb
     assert rebuild(root, third / "source")["published"] == "v4"
 
 
@@ -145,7 +145,7 @@ def test_gc_keeps_unreadable_versions_and_continues(third: Path, capsys: pytest.
             "v4": "published"}
         assert "the manifest of " in entries["v2"]["unreadable"] and entries["v3"]["removed_files"]
         assert "1 versions stay and cannot be read, so earlier versions stay too: drawn@v2 (" in err
-        assert f"from a backup; or remove runs/consumer, then python -m jobs gc --root {root} {NAME} --lease 0" in err
+        assert f"from a backup; or remove runs/consumer, then python -m jobs gc {NAME} --lease 0 --root {root}" in err
     assert (_version(third, "v1") / "shards/manifest.json").exists()
     shutil.rmtree(third / "root/runs/consumer")
     assert main(command) == 0

@@ -56,7 +56,7 @@ def test_entries_that_were_swapped_are_put_back(third: Path, pair: tuple[int, in
         assert "current.json: " in out and "is not publication 3 of the history" in out
     else:
         assert "000001.json: is publication 2: another one was here" in out and "is missing" not in out
-    assert f"hint: python -m jobs repair --root {root} {NAME}" in err
+    assert f"hint: python -m jobs repair {NAME} --root {root}" in err
     assert main(["repair", NAME, "--root", root]) == 0
     assert (left.read_bytes(), right.read_bytes()) == before
     assert Published.load(root, NAME).document["sequence"] == 3
@@ -89,7 +89,7 @@ def test_a_version_without_release_and_entry_was_published(third: Path, version:
     assert _table(root, capsys)[version] == "damaged"
     assert main(["verify", "--quick", "--root", root]) == 1
     out, err = capsys.readouterr()
-    assert fault in out and f"hint: python -m jobs gc --root {root} {NAME} --lease 0" in err
+    assert fault in out and f"hint: python -m jobs gc {NAME} --lease 0 --root {root}" in err
     hours_ago = time.time() - 2 * 3600  # gc waits for an hour for the publisher of a version without an entry
     os.utime(_release(third, version).with_name("mark.json"), (hours_ago, hours_ago))
     assert main(["gc", NAME, "--lease", "0", "--keep", "0", "--root", root]) == 0
@@ -106,7 +106,7 @@ def test_an_older_pointer_is_noticed_by_a_machine_that_has_seen_none(
     assert main(["verify", "--quick", "--root", root]) == 1
     out, err = capsys.readouterr()
     assert "current.json: is an older one: v3 was built on it, and no publication names v2" in out
-    assert f"hint: python -m jobs repair --root {root} {NAME}" in err
+    assert f"hint: python -m jobs repair {NAME} --root {root}" in err
     assert main(["repair", NAME, "--root", root]) == 0
     assert Published.load(root, NAME).version == "v3"
     assert main(["verify", "--quick", "--root", root]) == 0

@@ -43,7 +43,7 @@ def test_a_new_request_does_not_reuse_the_number_of_a_lost_one(place: Path, lost
         assert main(verb) == 1, verb
         error = capsys.readouterr().err
         assert f"requests {numbers} of {root}/forgotten.json are lost" in error, verb
-        assert f"python -m jobs repair --root {root} {NAME} --accept-lost-requests" in error, verb
+        assert f"python -m jobs repair {NAME} --accept-lost-requests --root {root}" in error, verb
     assert not (root / "forgotten.json").exists()
     assert main([*repairing, "--accept-lost-requests"]) == 0
     assert json.loads(capsys.readouterr().out)["accepted_lost_requests"] == list(

@@ -325,7 +325,7 @@ def test_repair_and_gc_say_that_the_published_version_is_damaged(second: Path,
         assert main([verb[0], NAME, *verb[1:], "--root", root]) == 1
         error = capsys.readouterr().err
         assert "v2 is damaged: 1 files are missing or changed" in error
-        assert f"hint: python -m jobs rollback --root {root} {NAME} --to v1; or " in error
+        assert f"hint: python -m jobs rollback {NAME} --to v1 --root {root}; or " in error
     assert main(["rollback", NAME, "--root", root]) == 0
     assert published_dataset(root).version == "v1"
 

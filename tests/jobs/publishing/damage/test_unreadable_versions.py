@@ -30,7 +30,7 @@ def test_forget_works_beside_a_damaged_version(place: Path, name: str, capsys: p
     out, err = capsys.readouterr()
     assert f"{NAME}@v1: 1 images" in out and takedown_list.count_requests(root) == (1, 1)
     assert "is recorded, but 1 versions cannot be read and may still have such images: other@v1 (" in err
-    assert f"hint: python -m jobs shard --root {root} other --source FOLDER --overwrite; or remove" in err
+    assert f"hint: python -m jobs shard other --source FOLDER --overwrite --root {root}; or remove" in err
     assert list(hidden_rows.read_hidden_rows(published_dataset(root))) == [0]
     assert main(["gc", NAME, "--root", root]) == 0
     shutil.rmtree(place / "root/datasets/other")  # the second way of the hint
@@ -41,7 +41,7 @@ def test_gc_removes_an_unreadable_version(second: Path, capsys: pytest.CaptureFi
     root, image = str(second / "root"), _image(second)
     (second / "root/datasets" / NAME / "v1/shards/manifest.json").write_bytes(b"")
     assert main(["forget", "--sha256", image, "--root", root]) == 1
-    assert f"hint: python -m jobs gc --root {root} {NAME} --lease 0; then the same" in capsys.readouterr().err
+    assert f"hint: python -m jobs gc {NAME} --lease 0 --root {root}; then the same" in capsys.readouterr().err
     assert main(["gc", NAME, "--keep", "3", "--json", "--root", root]) == 0  # the lease
     assert [entry["kept"] for entry in json.loads(capsys.readouterr().out)] == ["leased", "published"]
     assert main(["gc", NAME, "--keep", "3", "--lease", "0", "--json", "--root", root]) == 0
@@ -55,10 +55,10 @@ def test_verify_names_the_command_that_restores(second: Path, capsys: pytest.Cap
     root = str(second / "root")
     next((second / "root/datasets" / NAME / "v2/index").glob("knn.index")).write_bytes(b"")
     assert main(["verify", "--root", root]) == 1
-    assert (f"hint: python -m jobs rollback --root {root} {NAME} --to v1; or python -m jobs rebuild --root {root} "
-            f"{NAME} --source SOURCE"
+    assert (f"hint: python -m jobs rollback {NAME} --to v1 --root {root}; or python -m jobs rebuild {NAME} "
+            f"--source SOURCE --root {root}"
             in capsys.readouterr().err)
     assert main(["rollback", NAME, "--root", root]) == 0
     assert main(["verify", "--against", "current", "--root", root]) == 0
     assert main(["verify", "--root", root]) == 1  # the damaged version is there, and no longer published
-    assert f"hint: python -m jobs gc --root {root} {NAME}" in capsys.readouterr().err
+    assert f"hint: python -m jobs gc {NAME} --root {root}" in capsys.readouterr().err

@@ -38,7 +38,7 @@ def test_unsigned_versions_are_refused_if_a_key_is_set(place: Path, keys: Path, 
 def test_the_hint_signs_an_unsigned_dataset(place: Path, keys: Path, monkeypatch: pytest.MonkeyPatch,
                                             capsys: pytest.CaptureFixture[str]) -> None:
     root, sign = str(place / "root"), ["--sign", str(keys / "publisher.pem")]
-    hint = f"hint: python -m jobs repair {NAME} --root {root} --sign KEYFILE --accept-unsigned"
+    hint = f"hint: python -m jobs repair {NAME} --sign KEYFILE --accept-unsigned --root {root}"
     rebuild_source = ["rebuild", NAME, "--source", str(place / "source"), "--local", *sign]
     for verb in (rebuild_source, ["rollback", NAME, *sign], ["repair", NAME, *sign]):
         assert main([*verb, "--root", root]) == (2 if verb[0] == "repair" else 1)
