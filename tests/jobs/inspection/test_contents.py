@@ -109,7 +109,7 @@ def test_versions_of_an_unpublished_dataset_are_listed(root: str, capsys: pytest
     caplog.set_level("INFO")
     assert main(["versions", "flat", "--root", root]) == 0
     assert capsys.readouterr().out == "v1  not published\n"
-    assert f"nothing of flat is published\nhint: python -m jobs rebuild flat --source SOURCE" in caplog.text
+    assert "nothing of flat is published\nhint: python -m jobs rebuild flat --source SOURCE" in caplog.text
 
 
 def test_show_prints_everything_about_a_row(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

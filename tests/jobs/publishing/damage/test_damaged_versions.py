@@ -67,7 +67,8 @@ def test_rollback_distinguishes_unpublished_from_damaged_versions(
     assert "v1 has a release, but the history does not name it: it was never published, or" in capsys.readouterr().err
     assert main(["verify", "--quick", "--root", root]) == 1
     out, err = capsys.readouterr()
-    assert "published/drawn/000001.json: is missing" in out and f"hint: python -m jobs repair drawn --root {root}" in err
+    assert "published/drawn/000001.json: is missing" in out
+    assert f"hint: python -m jobs repair {NAME} --root {root}" in err
     assert main(["repair", NAME, "--root", root]) == 0
     assert main(["verify", "--quick", "--root", root]) == 0
 
