@@ -62,7 +62,7 @@ def test_changed_copies_are_named_and_restored(forgotten: Path, capsys: pytest.C
     copies[1].write_text("{")
     assert main(["verify", "--quick", "--root", root]) == 1
     out, err = capsys.readouterr()
-    assert out.count("is not this request of forgotten.json") == 2 and f"repair --root {root} {NAME}\n" in err
+    assert out.count("is not this request of forgotten.json") == 2 and f"repair {NAME} --root {root}\n" in err
     assert main(["repair", NAME, "--root", root]) == 0
     assert copies[0].read_bytes() == before
     assert main(["verify", "--quick", "--root", root]) == 0

@@ -168,7 +168,7 @@ def test_entries_that_do_not_agree_with_the_release_are_restored(second: Path,
     assert main(["verify", "--quick", "--root", root]) == 1
     out, err = capsys.readouterr()
     assert out.count("does not agree with the release of its version: number") == 2
-    assert f"repair --root {root} {NAME}" in err
+    assert f"repair {NAME} --root {root}" in err
     assert main(["repair", NAME, "--root", root]) == 0
     assert Published.load(root, NAME).number == 2
     assert main(["verify", "--root", root]) == 0
@@ -195,7 +195,7 @@ def test_gc_removes_nothing_that_a_damaged_plan_may_need(second: Path, damage: s
     gc = ["gc", NAME, "--keep", "0", "--lease", "0", "--root", root]
     assert main(gc) == 1
     error = capsys.readouterr().err
-    assert "what runs/consumer needs is unknown" in error and f"rm --root {root} runs/consumer" in error
+    assert "what runs/consumer needs is unknown" in error and f"rm runs/consumer --root {root}" in error
     assert (_version(second, "v1") / "shards/manifest.json").exists()
     assert main(["versions", NAME, "--root", root]) == 0
     (run / "manifest.json").write_text(plan)  # a sealed folder names its inputs twice

@@ -61,4 +61,4 @@ def test_verify_names_the_command_that_restores(second: Path, capsys: pytest.Cap
     assert main(["rollback", NAME, "--root", root]) == 0
     assert main(["verify", "--against", "current", "--root", root]) == 0
     assert main(["verify", "--root", root]) == 1  # the damaged version is there, and no longer published
-    assert f"hint: python -m jobs gc {NAME} --root {root}" in capsys.readouterr().err
+    assert f"hint: python -m jobs gc {NAME} --lease 0 --root {root}" in capsys.readouterr().err
