@@ -1,4 +1,4 @@
-"""What verbs print in a pipe is what docs/reference/output.md says."""
+"""The page docs/reference/output.md says what each verb prints in a pipe."""
 
 import contextlib
 import json
