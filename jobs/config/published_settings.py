@@ -10,6 +10,7 @@ from jobs.config.toml import override
 from jobs.runs.newest_run import find_newest_run
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.pointer import read_pointer
 from pipeline.datasets.published import Published
 from pipeline.datasets.row_columns import list_scores
 from pipeline.datasets.signatures import ReleaseKeys
@@ -85,7 +86,7 @@ def read_published_settings(root: str, name: str, settings: EmbedConfig, *, scor
     ValueError if the version has an encoder in a file, or hides rows by scores, and the command does not name these.
     A damaged version gives None and a warning, because a rebuild replaces it.
     """
-    if not storage.exists(storage.join(storage.normalize(root), "datasets", name, "current.json")):
+    if read_pointer(storage.normalize(root), name) is None:
         return None
     try:
         published = Published.load(root, name, keys)

@@ -10,7 +10,7 @@ from jobs.publishing.whole_versions import (
     list_publications,
 )
 from pipeline import storage
-from pipeline.datasets import published, release_files
+from pipeline.datasets import published, release_files, takedown_list
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.names import is_name
 from pipeline.datasets.published import Published
@@ -22,6 +22,25 @@ _OF_RUNS = {"samples": "sample", "judges": "evaluate", "evaluations": "evaluate"
 
 def find_command(root: str, path: str, keys: ReleaseKeys) -> str:
     """The command that repairs `path`, a folder or file below a root. The log writes its `--root`."""
+    command = _find_command(root, path, keys)
+    if "jobs repair " in command:  # it removes nothing that is no file: that may not be ours
+        odd = [url for place in (path, takedown_list.NAME)
+               if (url := storage.join(root, place)) not in command and _is_odd(url)]
+        return "".join(f"remove {url}; then " for url in odd) + command
+    return command
+
+
+def _is_odd(url: str) -> bool:
+    try:
+        storage.refuse_special_file(url)
+    except FileNotFoundError:
+        return False
+    except DamagedFile:
+        return True
+    return False
+
+
+def _find_command(root: str, path: str, keys: ReleaseKeys) -> str:
     if path.startswith("takedowns/"):
         return f"python -m jobs repair {(list_published(root) or ['NAME'])[0]}"
     kind, name, *rest = path.split("/")

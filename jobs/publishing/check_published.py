@@ -19,7 +19,7 @@ from jobs.publishing.whole_versions import (
 from pipeline import storage
 from pipeline.datasets import hidden_rows, published, release_files, takedown_list, takedowns
 from pipeline.datasets.dataset import Dataset, datasets
-from pipeline.datasets.history import read_entry
+from pipeline.datasets.history import list_copies, read_entry
 from pipeline.datasets.published import Published
 from pipeline.datasets.signatures import NO_KEYS, ReleaseKeys, read_release_keys
 from pipeline.storage import DamagedFile
@@ -99,6 +99,8 @@ def _check_history(current: Published) -> Iterator[Fault]:
     for url, facts in find_false_entries(current).items():
         yield {"path": url.removeprefix(current.root).strip("/"),
                "fault": f"does not agree with the release of its version: {', '.join(facts)}"}
+    for url in list_copies(current.root, current.name):
+        yield {"path": url.removeprefix(current.root).strip("/"), "fault": "is left of a repair that was killed"}
     for gap in current.missing_history():
         more = f", and so are all up to {gap[-1]:06d}.json" if len(gap) > 1 else ""
         yield {"path": f"published/{current.name}/{gap[0]:06d}.json", "fault": f"is missing{more}"}

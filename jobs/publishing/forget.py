@@ -68,30 +68,38 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
     """
     root = storage.normalize(root)
     takedown_list.refuse_lost_requests(root)
-    # A request with a URL also covers the bytes of the image, in case another URL serves them.
     hashes: set[str] = set()
     unreadable: dict[Dataset, str] = {}
-    for dataset in _sealed_datasets(root):
-        hashes |= {value for _, row in _read_rows(dataset, wanted.has, unreadable)
-                   for value in (row["sha256"], row.get("original_sha256")) if value}
-    if not wanted.domains:
-        wanted = Forgotten(wanted.sha256 | hashes, wanted.urls, wanted.domains)
+    if not wanted.domains:  # it also covers the bytes of the images, in case other URLs serve them
+        for dataset in _sealed_datasets(root):
+            hashes |= _hashes(_read_rows(dataset, wanted.has, unreadable))
+        wanted = Forgotten(wanted.sha256 | hashes, wanted.urls)
     if dry_run:
-        touched = [_touched(dataset, rows, 0, find_consumers(root, dataset.name)) for dataset in _sealed_datasets(root)
-                   if (rows := _read_rows(dataset, wanted.has, unreadable))]
+        touched = []
+        for dataset in _sealed_datasets(root):
+            if rows := _read_rows(dataset, wanted.has, unreadable):
+                hashes |= _hashes(rows)
+                touched.append(_touched(dataset, rows, 0, find_consumers(root, dataset.name)))
     else:
         takedown_list.add_takedowns(root, wanted, note)  # before anything is hidden: a running rebuild may still see it
-        touched, faults = apply_takedowns(root, wanted)
+        touched, faults = apply_takedowns(root, wanted, hashes)
         unreadable |= faults
     return {"sha256": sorted(wanted.sha256), "urls": sorted(wanted.urls), "domains": sorted(wanted.domains),
             "dry_run": dry_run, "found": touched, "samples": find_samples_showing(root, wanted.sha256 | hashes),
             "unreadable": {_full_label(dataset): fault for dataset, fault in unreadable.items()}}
 
 
-def apply_takedowns(root: str, wanted: Forgotten | None = None) -> tuple[list[dict[str, Any]], dict[Dataset, str]]:
+def _hashes(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> set[str]:
+    """The hashes of the stored and of the fetched bytes of images."""
+    return {value for _, row in rows for value in (row["sha256"], row.get("original_sha256")) if value}
+
+
+def apply_takedowns(root: str, wanted: Forgotten | None = None, hashes: set[str] | None = None
+                    ) -> tuple[list[dict[str, Any]], dict[Dataset, str]]:
     """Hide the rows of the whole takedown list in every dataset, and say which of them have rows of `wanted`.
 
     None means the whole list. It applies earlier requests again, because a killed process may not have applied them.
+    `hashes` gets the hashes of the images of these rows.
     The second result names the versions that cannot be read, with the reason. The list counts as applied: if such a
     published version is restored, searches refuse it until `repair` hides its rows.
     """
@@ -104,6 +112,8 @@ def apply_takedowns(root: str, wanted: Forgotten | None = None) -> tuple[list[di
         fresh = takedowns.hide_rows(dataset, [row for row, _ in rows], through) if rows or through else 0
         if requested := [(row, sample) for row, sample in rows if wanted is None or wanted.has(sample)]:
             touched.append(_touched(dataset, requested, fresh, find_consumers(root, dataset.name)))
+            if hashes is not None:
+                hashes |= _hashes(requested)
     takedown_list.mark_applied(root, count)
     require_requests(root, sorted({dataset.name for dataset in there}))
     return touched, unreadable

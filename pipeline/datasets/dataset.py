@@ -109,7 +109,7 @@ class Dataset:
 
     def manifest(self, stage_name: str) -> dict[str, Any]:
         """The manifest of a sealed stage; ValueError with the command that would finish it."""
-        with self._names_suggested():
+        with self._unsealed_explained(stage_name):
             return read_manifest(self.folder(stage_name), self.command(stage_name), self._published_hash(stage_name))
 
     def is_sealed(self, stage_name: str) -> bool:
@@ -117,23 +117,29 @@ class Dataset:
         sealed = storage.exists(storage.join(self.folder(stage_name), "manifest.json"))
         if sealed:
             self._published_hash(stage_name)
-        elif stage_name in dict(self.trusted):
+        else:
+            self._refuse_lost(stage_name)
+        return sealed
+
+    def _refuse_lost(self, stage_name: str) -> None:
+        """DamagedFile if a stage that has no manifest is part of the release."""
+        if stage_name in dict(self.trusted):
             raise DamagedFile(f"{self.folder(stage_name)} is part of the published {self.name}@{self.version} and has "
                               f"no manifest.json\nhint: python -m jobs verify --quick --only datasets/{self.name}")
-        return sealed
 
     def identity(self, stage_name: str) -> dict[str, Any]:
         """How a later stage names this one among its inputs."""
-        with self._names_suggested():
+        with self._unsealed_explained(stage_name):
             return sealed_input(self.root, self.path(stage_name), self.command(stage_name),
                                 self._published_hash(stage_name))
 
     @contextlib.contextmanager
-    def _names_suggested(self) -> Iterator[None]:
-        """If a stage is missing because the dataset is, name the datasets that there are."""
+    def _unsealed_explained(self, stage_name: str) -> Iterator[None]:
+        """If a published stage is missing, say so. If the dataset is missing, name the datasets that there are."""
         try:
             yield
         except NotSealed:
+            self._refuse_lost(stage_name)
             refuse_unknown(self.root, self.name, self.command("shards"))
             raise
 

@@ -46,6 +46,12 @@ def read_entry(url: str) -> dict[str, Any] | None:
         return None
 
 
+def read_entry_bytes(root: str, name: str, sequence: int) -> bytes:
+    """The bytes of the entry of a publication; DamagedFile if it is no file."""
+    with storage.verify_replaced(lambda: f"python -m jobs repair {name} --root {root}"):
+        return storage.read_bytes(history_url(root, name, sequence))
+
+
 def add_entry(root: str, name: str, document: dict[str, Any]) -> None:
     """Write an entry of the history. DamagedFile if something else is in its place."""
     url = history_url(root, name, document["sequence"])
@@ -70,22 +76,40 @@ def find_gaps(numbers: set[int], first: int) -> list[range]:
 def hash_first(root: str, name: str) -> str:
     """sha256 of the first entry of a history; "" without one."""
     urls = list_history(root, name)
-    return hashlib.sha256(storage.read_bytes(urls[0])).hexdigest() if urls else ""
+    return hashlib.sha256(read_entry_bytes(root, name, entry_number(urls[0]))).hexdigest() if urls else ""
 
 
 def restore_places(root: str, name: str, is_trusted: Callable[[dict[str, Any]], bool]) -> list[str]:
     """Give trusted entries that are in the place of another one the file of their own number; the URLs of these.
 
-    An entry that is in its own place is never replaced. A second copy of it is removed.
+    An entry that is in its own place is never replaced. A second copy of it is removed. An entry is copied before
+    another one takes its file, so that none is lost if this process is killed. The next call takes the copies.
     """
     entries = {url: read_entry(url) for url in list_history(root, name)}
     newest = max(map(entry_number, entries), default=0)
-    moved = {url: document for url, document in entries.items() if document and is_trusted(document)
-             and entry_number(url) != document["sequence"] <= newest}
-    targets = {history_url(root, name, document["sequence"]): document for document in moved.values()}
+    trusted = {url: document for url, document in entries.items() if document and is_trusted(document)}
+    moved = {url: document for url, document in trusted.items() if entry_number(url) != document["sequence"] <= newest}
+    copies = {url: document for url in list_copies(root, name)
+              if (document := read_entry(url)) and is_trusted(document)}
+    targets = {history_url(root, name, document["sequence"]): document for document in (copies | moved).values()}
+    for url in targets.keys() & moved.keys():
+        copy = _copy_url(root, name, moved[url]["sequence"])
+        if copy not in copies:
+            storage.put_json(moved[url], copy)
+        copies[copy] = moved[url]
     for url, document in targets.items():
         if url in moved or entries.get(url) is None:
             storage.put_json(document, url)
-    for url in moved.keys() - targets.keys():
+    for url in [*(moved.keys() - targets.keys()), *copies]:
         storage.remove(url)
     return sorted(moved)
+
+
+def list_copies(root: str, name: str) -> list[str]:
+    """URLs of the copies that a killed `restore_places` has left."""
+    folder = history_folder(root, name)
+    return [storage.join(folder, file) for file in storage.list_names(folder) if re.fullmatch(r"moved-\d+\.json", file)]
+
+
+def _copy_url(root: str, name: str, sequence: int) -> str:
+    return storage.join(history_folder(root, name), f"moved-{sequence:06d}.json")

@@ -29,6 +29,7 @@ from pipeline.datasets.history import (
     is_same_publication,
     list_history,
     read_entry,
+    read_entry_bytes,
 )
 from pipeline.datasets.last_seen import (
     SIGNED,
@@ -107,7 +108,7 @@ class Published:
         if sequence < newest:
             return f"is an older one: it has number {sequence}, and the history goes up to {newest}"
         if sequence == newest and sequence:
-            listed = parse_pointer(storage.read_bytes(history_url(self.root, self.name, sequence))) or {}
+            listed = parse_pointer(read_entry_bytes(self.root, self.name, sequence)) or {}
             if not is_same_publication(listed, self.document):
                 return f"is not publication {sequence} of the history"
         return self._find_rollback(sequence, newest)

@@ -345,10 +345,18 @@ def _merge_kinds(document: Mapping[str, Any], requests: Sequence[Mapping[str, An
 def read_document(url: str) -> tuple[bytes | None, dict[str, Any]]:
     """The bytes and the document of a list, or of the rows of a version; (None, {}) if there is none."""
     try:
-        data = storage.read_bytes(url)
+        with storage.verify_replaced(lambda: _repair_command(url)):
+            data = storage.read_bytes(url)
+            return data, check_shape(storage.parse_json(data, url), url, _DOCUMENT, "python -m jobs verify")
     except FileNotFoundError:
         return None, {}
-    return data, check_shape(storage.parse_json(data, url), url, _DOCUMENT, "python -m jobs repair NAME")
+
+
+def _repair_command(url: str) -> str:
+    """The command that restores the list of a root, or the rows of a version. It restores those of all datasets."""
+    folder = url.rpartition("/")[0]
+    names = storage.list_folders(storage.join(folder, "datasets")) or folder.split("/")[-2:-1] or ["NAME"]
+    return f"python -m jobs repair {names[0]}"
 
 
 def change_document(url: str, grown: Any, *, replace_damaged: bool = False) -> dict[str, Any]:
@@ -359,7 +367,8 @@ def change_document(url: str, grown: Any, *, replace_damaged: bool = False) -> d
         except ValueError as error:
             if not replace_damaged:
                 raise
-            data, document = storage.read_bytes(url), {}  # an error if that is no file
+            with storage.verify_replaced(lambda: _repair_command(url)):
+                data, document = storage.read_bytes(url), {}  # an error if that is no file
             _log.warning("%s: it is replaced", str(error).splitlines()[0])
         after = grown(document)
         if after == document or storage.swap_bytes(storage.json_bytes(json.loads(json.dumps(after))), url, data):

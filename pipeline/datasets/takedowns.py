@@ -32,6 +32,7 @@ from pipeline.datasets.takedown_list import (
 from pipeline.storage import DamagedFile
 
 _log = logging.getLogger(__name__)
+_SLOW: set[str] = set()  # files of versions of which the log has said that they make readers slow
 READ_ERRORS = (ValueError, OSError, LookupError, TypeError)
 """The errors that readers of a damaged version raise."""
 
@@ -112,6 +113,11 @@ def read_forgotten_rows(dataset: Dataset) -> np.ndarray:
     if through >= required and document.get("digest") == _digest(rows, through, content):
         return np.array(rows, np.int64)
     samples = dataset.manifest("shards")["totals"]["samples"]
+    if _address(dataset) not in _SLOW and listed.get("requests"):
+        _SLOW.add(_address(dataset))
+        _log.info("%s: each reader compares all %d rows with the takedown list, for %s lacks requests, or was made "
+                  "by an earlier version of this program\nhint: to end this: python -m jobs repair %s --root %s",
+                  dataset.label, samples, _address(dataset), dataset.name, storage.redact_credentials(dataset.root))
     stored = [row for row in rows if 0 <= row < samples] if document.get("shards", content) == content else []
     found = [row for row, _ in find_rows(dataset, parse_list(listed))]
     return np.array(sorted({*stored, *found}), np.int64)

@@ -22,6 +22,7 @@ from pipeline.storage.errors import (
     denial_message,
     disk_full_message,
     refuse_special_file,
+    verify_replaced,
 )
 from pipeline.storage.file_names import file_below, is_file_name, is_path_below, is_whole_address, manifest_file_url
 from pipeline.storage.files import (
@@ -131,5 +132,6 @@ __all__ = [
     "stamp",
     "summarize_file",
     "swap_bytes",
+    "verify_replaced",
     "walk",
 ]

@@ -157,6 +157,16 @@ def _put_if(fs: FileSystem, url: str, data: bytes, **condition: str) -> bool:
     raise AssertionError
 
 
+def set_time(url: str) -> None:
+    """Give a file the time of the store, unless another process replaces or removes it at this moment."""
+    if is_local(url):
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(local_path(url))
+    else:
+        data = read_bytes(url)
+        swap_bytes(data, url, data)
+
+
 def can_swap(folder: str) -> bool:
     """Whether the store of `folder` keeps the conditions of `swap_bytes`: it is tried on a probe object."""
     if is_local(folder):

@@ -5,7 +5,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,6 +16,7 @@ _DENIED = {errno.EACCES, errno.EPERM}
 _ODD = {errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENXIO}
 """Errors of a disk where something else stands in the place of a file or folder."""
 FILE, FOLDER = "a file", "a folder"
+_VERIFY = "python -m jobs verify"
 _CLIENTS = {"botocore", "aiobotocore", "aiohttp", "s3fs"}
 _UNREACHABLE = {"EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError",
                 "gaierror", "ClientConnectorError", "ClientConnectorDNSError", "ConnectionRefusedError"}
@@ -146,4 +147,13 @@ def refuse_special_folder(url: str) -> None:
 
 
 def _refuse(path: Path, kind: str, expected: str) -> NoReturn:
-    raise DamagedFile(f"{path} is {kind}: expected {expected}\nhint: remove {path}; then python -m jobs verify")
+    raise DamagedFile(f"{path} is {kind}: expected {expected}\nhint: remove {path}; then {_VERIFY}")
+
+
+@contextlib.contextmanager
+def verify_replaced(find_command: Callable[[], str]) -> Iterator[None]:
+    """Let the hint of a DamagedFile name the command that repairs it, in the place of `verify`, which looks for it."""
+    try:
+        yield
+    except DamagedFile as error:
+        raise DamagedFile(str(error).replace(_VERIFY, find_command())) from error

@@ -173,7 +173,9 @@ def read_bytes(url: str) -> bytes:
     """The whole content of `url`."""
     fs, path = _open_to_read(url)
     with storage_errors(url, "read"):
-        return fs.cat_file(path)
+        # One request: s3fs would first look for the size, to read parts of large objects at the same time. Those could
+        # be parts of different objects.
+        return fs.cat_file(path, **({"max_concurrency": 1} if url.split("://", 1)[0] in S3_SCHEMES else {}))
 
 
 def read_range(url: str, start: int, end: int) -> bytes:

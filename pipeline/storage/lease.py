@@ -5,7 +5,8 @@ A lease on a folder counts for the folders in it too.
     <root>/leases/datasets+ukiyo-e+v1+shards.<token>.json    host, process, and whether the command empties the folder
 
 A thread rewrites the file every few seconds. A lease ends if it is not renewed, or if its process ran on this machine
-and has ended. Ages come from the file times of the store, never from the clock of a machine.
+and has ended. Ages come from the file times of the store, never from the clock of a machine. A lease that is dated in
+the future, because a clock was ahead, gets the time of now: it ends too, unless it is renewed.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from typing import Any
 from pipeline.storage.addresses import is_local, join, local_path
 from pipeline.storage.errors import DamagedFile
 from pipeline.storage.files import modified_time, put_json, read_json, remove
-from pipeline.storage.leftovers import remove_unfinished
+from pipeline.storage.leftovers import bounded_age, remove_unfinished
 from pipeline.storage.listings import list_files
 
 _log = logging.getLogger(__name__)
@@ -194,7 +195,7 @@ def remove_ended_leases(root: str, now: float) -> None:
 def _read_living(url: str, now: float) -> Holder | None:
     """The holder of a lease. None if the lease has ended; its file is removed then."""
     with contextlib.suppress(FileNotFoundError):  # it was released at this moment
-        is_old = now - modified_time(url) > EXPIRE_S
+        is_old = bounded_age(url, now) > EXPIRE_S
         holder = _read_holder(url)
         if holder and not is_old and not holder.is_dead:
             return holder

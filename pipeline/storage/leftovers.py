@@ -7,13 +7,26 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.storage.addresses import S3_SCHEMES, is_local, join, local_path
+from pipeline.storage.conditional import set_time
 from pipeline.storage.errors import StorageError, storage_errors
 from pipeline.storage.files import modified_time, open_url, remove
 from pipeline.storage.listings import list_files
 
 _log = logging.getLogger(__name__)
 ABANDONED_S = 3600.0  # a process that wrote nothing into an unfinished file for so long is dead
+_MOST_AHEAD_S = 15.0  # a file may have been written since `now` was read
 _UNFINISHED = re.compile(r"(\..+\.|probe-)[0-9a-f]{16}")  # as unfinished_file and can_swap name them
+
+
+def bounded_age(url: str, now: float) -> float:
+    """Seconds since a file was written. One that is dated in the future gets the time of now, so that it ages.
+
+    `now`: the time of the store. Its clock, or that of the machine with the disk, may have been ahead.
+    """
+    written = modified_time(url)
+    if written - now > _MOST_AHEAD_S:
+        set_time(url)
+    return now - written
 
 
 def remove_unfinished(folder: str, now: float, *, below: bool = False) -> int:
@@ -25,7 +38,7 @@ def remove_unfinished(folder: str, now: float, *, below: bool = False) -> int:
     removed = 0
     for url in _list_unfinished(folder, below):
         try:
-            if now - modified_time(url) > ABANDONED_S:
+            if bounded_age(url, now) > ABANDONED_S:
                 remove(url)
                 removed += 1
         except FileNotFoundError:  # finished meanwhile

@@ -1,13 +1,15 @@
 """Takedowns in datasets that `shard` made: no pointer counts the requests, and the shards may be made again."""
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.cli.main import main
-from pipeline.datasets import hidden_rows
+from pipeline.datasets import hidden_rows, takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 from pipeline.storage import DamagedFile
@@ -72,3 +74,33 @@ def test_the_rows_of_another_version_are_not_taken(hand: Path) -> None:
     _shard(hand, "other")
     shutil.copy(hand / "root/datasets/hand/v1/forgotten.json", hand / "root/datasets/other/v1/forgotten.json")
     assert _hidden(hand, "other") == ["c.png"]
+
+
+def test_forget_by_domain_reads_the_metadata_once(hand: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Dataset] = []
+
+    def read(dataset: Dataset, record: dict[str, Any], columns: list[str] | None = None) -> list[dict[str, Any]]:
+        reads.append(dataset)
+        return metadata(dataset, record, columns)
+    monkeypatch.setattr(takedowns, "metadata", read)
+    for flags in (["--dry-run"], []):
+        reads.clear()
+        assert main(["forget", "--domain", "example.org", "--root", str(hand / "root"), *flags]) == 0
+        assert len(reads) == 1, flags
+
+
+def test_readers_name_the_command_that_ends_the_comparison_of_all_rows(
+        hand: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(takedowns, "_SLOW", set())
+    file = hand / "root/datasets/hand/v1/forgotten.json"
+    document = json.loads(file.read_text())
+    del document["digest"]  # as earlier versions of this program wrote it
+    file.write_text(json.dumps(document))
+    assert _hidden(hand) == _hidden(hand) == ["c.png"]
+    assert caplog.text.count(f"each reader compares all 6 rows with the takedown list, for {file} lacks") == 1
+    assert f"hint: to end this: python -m jobs repair hand --root {hand / 'root'}" in caplog.text
+    assert main(["repair", "hand", "--root", str(hand / "root")]) == 0
+    caplog.clear()
+    takedowns._SLOW.clear()
+    assert _hidden(hand) == ["c.png"] and not caplog.text

@@ -80,6 +80,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "repair": ("repair", NAME),
     "repair-requests": ("repair", NAME, "--accept-lost-requests"),
     "repair-list": ("repair", NAME, "--accept-lost-requests"),
+    "repair-places": ("repair", NAME),
     "repair-publications": ("repair", NAME, "--accept-lost-publications"),
     "rm": ("rm", MADE_BY_HAND, "--yes"),
     REMOVE_PUBLISHED: ("rm", NAME, "--published", "--yes"),
@@ -159,6 +160,14 @@ def _change_list(place: Place) -> None:
         storage.put_bytes(storage.read_bytes(url).replace(FORGOTTEN.encode(), b"flat/other.png"), url)
 
 
+def _swap_entries(place: Place) -> None:
+    """Each of the two entries of the history is in the place of the other."""
+    first, second = (f"{place.root}/published/{NAME}/{number:06d}.json" for number in (1, 2))
+    entries = storage.read_bytes(first), storage.read_bytes(second)
+    storage.put_bytes(entries[1], first)
+    storage.put_bytes(entries[0], second)
+
+
 def _lose_publication(place: Place) -> None:
     """The pointer names the first publication again, and this machine has seen the second one."""
     place.run(("search", NAME))
@@ -168,7 +177,8 @@ def _lose_publication(place: Place) -> None:
 
 
 _DAMAGE: dict[str, Callable[[Place], None]] = {"repair": _damage_pointer, "repair-requests": _lose_requests,
-                                               "repair-list": _change_list, "repair-publications": _lose_publication}
+                                               "repair-list": _change_list, "repair-publications": _lose_publication,
+                                               "repair-places": _swap_entries}
 
 
 def count_writes(template: Place, folder: Path, verb: str, bucket: str = "") -> int:

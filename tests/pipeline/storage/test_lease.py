@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from pipeline import storage
 from pipeline.storage import lease
 from pipeline.storage.lease import LeaseConflict, find_holders, hold_lease
 
@@ -118,6 +119,30 @@ def test_the_lease_of_another_machine_ends_when_nothing_renews_it(tmp_path):
         os.utime(file, (age, age))
         with hold_lease(str(tmp_path), "d", exclusive=True):
             pass
+
+
+@pytest.mark.parametrize("seconds", [60.0, 30 * 3600.0])
+def test_a_lease_from_a_clock_that_was_ahead_ends(tmp_path, seconds):
+    with hold_lease(str(tmp_path), "d"):
+        file, = _lease_files(tmp_path)
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"machine": "another"}))
+        now = time.time()
+        os.utime(file, (now + seconds, now + seconds))
+        assert len(find_holders(str(tmp_path), "d", now)) == 1  # its holder may be alive, and renew it
+        assert os.stat(file).st_mtime < now + 10
+        assert not find_holders(str(tmp_path), "d", now + lease.EXPIRE_S + 10)
+
+
+def test_a_lease_from_a_clock_that_was_ahead_ends_on_s3(s3):
+    with hold_lease(s3, "d"):
+        name, = storage.list_files(f"{s3}/leases")
+        url = f"{s3}/leases/{name}"
+        storage.put_json(storage.read_json(url) | {"machine": "another"}, url)
+        now = time.time()
+        assert len(find_holders(s3, "d", now - 3600)) == 1  # a store whose clock was an hour ahead
+        assert abs(storage.modified_time(url) - now) < 10
+        assert not find_holders(s3, "d", now + lease.EXPIRE_S + 10)
+    assert not storage.list_files(f"{s3}/leases")
 
 
 def test_a_lease_is_renewed(tmp_path, monkeypatch):

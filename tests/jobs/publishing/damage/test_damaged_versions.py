@@ -1,6 +1,7 @@
 """Damage of versions that are not current: verify finds it, rollback and gc judge it, and hints name what works."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -70,6 +71,41 @@ def test_rollback_distinguishes_unpublished_from_damaged_versions(
     assert "published/drawn/000001.json: is missing" in out
     assert f"hint: python -m jobs repair {NAME} --root {root}" in err
     assert main(["repair", NAME, "--root", root]) == 0
+    assert main(["verify", "--quick", "--root", root]) == 0
+
+
+@pytest.mark.parametrize("stage", ["shards", "embeddings", "index"])
+def test_readers_name_a_published_stage_without_a_manifest(second: Path, stage: str,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(second / "root")
+    (_version(second, "v2") / stage / "manifest.json").unlink()
+    for verb in (["search", NAME, "a circle"], ["neighbors", f"{NAME}@v1", "--database", NAME, "--local"],
+                 ["sample", "a circle", "--database", NAME, "--local"]):
+        assert main([*verb, "--root", root]) == 1, verb
+        error = capsys.readouterr().err
+        assert f"{stage} is part of the published {NAME}@v2 and has no manifest.json" in error, error
+        assert f"hint: python -m jobs verify --root {root} --quick --only datasets/{NAME}" in error, error
+    assert main(["verify", "--quick", "--only", f"datasets/{NAME}", "--root", root]) == 1
+    assert f"hint: python -m jobs rollback --root {root} {NAME} --to v1" in capsys.readouterr().err
+    assert main(["rollback", NAME, "--to", "v1", "--root", root]) == 0
+    assert main(["search", NAME, "a circle", "--root", root]) == 0
+
+
+@pytest.mark.parametrize("path", [f"datasets/{NAME}/v2/forgotten.json", "forgotten.json", f"datasets/{NAME}/current.json",
+                                  f"published/{NAME}/000002.json"])
+def test_one_hint_restores_what_a_pipe_has_replaced(second: Path, path: str, capsys: pytest.CaptureFixture[str]
+                                                    ) -> None:
+    root, file = str(second / "root"), second / "root" / path
+    assert main(["forget", "--url", "flat/000001.png", "--root", root]) == 0
+    file.unlink()
+    os.mkfifo(file)
+    for verb in (["search", NAME, "a circle"], ["verify", "--quick"]):
+        assert main([*verb, "--root", root]) == 1
+        error = capsys.readouterr().err.replace(f" --root {root}", "")
+        assert f"hint: remove {file}; then python -m jobs repair {NAME}\n" in error
+    file.unlink()
+    assert main(["repair", NAME, "--root", root]) == 0
+    assert main(["search", NAME, "a circle", "--root", root]) == 0
     assert main(["verify", "--quick", "--root", root]) == 0
 
 
