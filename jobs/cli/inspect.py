@@ -104,8 +104,9 @@ def run_status(options: StatusOptions) -> int:
         else:
             from jobs.inspection.status import read_status, status_table
             from jobs.publishing.check_published import check_published
-            stages = [*read_status(root), *({"path": fault["path"], "state": "damaged", "error": fault["fault"]}
-                                            for fault in check_published(root, quick=True)[1])]
+            with storage.remember_reads():
+                stages = [*read_status(root), *({"path": fault["path"], "state": "damaged", "error": fault["fault"]}
+                                                for fault in check_published(root, quick=True)[1])]
             output.print_answer(stages, lambda: status_table(root, stages), as_json=options.json)
     except KeyboardInterrupt:
         if not (options.watch or options.serve):
@@ -155,6 +156,7 @@ def _finish_removal(root: str, name: str) -> str:
     return f"python -m jobs {f'rm {name} --published' if Published.load(root, name).is_removed else f'gc {name}'}"
 
 
+@storage.remember_reads()
 def run_verify(options: VerifyOptions) -> int:
     from jobs.inspection.status import read_status
     from pipeline.datasets.signatures import parse_release_keys, read_release_keys

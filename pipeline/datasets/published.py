@@ -79,9 +79,9 @@ class Published:
             data = read_pointer(root, name)
             document = {} if data is None else parse_pointer(data)
             published = cls(root, name, data, document or {}, keys)
-            fault = "is damaged" if document is None else published._find_fault()
-            if not fault:
+            if not (fault := "is damaged" if document is None else published._find_fault()):
                 return published
+            storage.forget_reads()
             if read_pointer(root, name) == data:  # otherwise another command has replaced it
                 raise DamagedPointer(root, name, fault, published.repair_options())
 

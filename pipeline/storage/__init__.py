@@ -63,6 +63,7 @@ from pipeline.storage.listings import (
 )
 from pipeline.storage.printable import escape_controls
 from pipeline.storage.private_folder import make_private_folder
+from pipeline.storage.remembered import forget_reads, remember_reads
 
 __all__ = [
     "DamagedFile",
@@ -86,6 +87,7 @@ __all__ = [
     "fetch_and_open",
     "file_below",
     "find_holders",
+    "forget_reads",
     "glob",
     "hold_lease",
     "is_file",
@@ -121,6 +123,7 @@ __all__ = [
     "redact_known_credentials",
     "redact_url",
     "refuse_special_file",
+    "remember_reads",
     "remove",
     "remove_ended_leases",
     "remove_tree",

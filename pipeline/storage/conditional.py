@@ -29,6 +29,7 @@ from pipeline.storage.files import (
     remove,
     unfinished_file,
 )
+from pipeline.storage.remembered import forget_after, forget_reads
 
 
 def create_bytes(data: bytes, url: str) -> bool:
@@ -42,7 +43,8 @@ def create_bytes(data: bytes, url: str) -> bool:
                     flush_to_disk(temporary)
                     _link(temporary, path)
             else:
-                _create_object(lambda: fs.pipe_file(path, data, mode="create"))
+                with forget_after():
+                    _create_object(lambda: fs.pipe_file(path, data, mode="create"))
         except FileExistsError:
             return False
     return True
@@ -66,12 +68,14 @@ def put_checked(local: Path, url: str, check: Callable[[], None], *, give: bool 
                     check()
                     os.replace(temporary, path)
         else:
+            forget_reads()
             check()
-            try:
-                _create_object(lambda: fs.put_file(str(local), path, mode="create"))
-            except FileExistsError:
-                check()
-                fs.put_file(str(local), path)
+            with forget_after():
+                try:
+                    _create_object(lambda: fs.put_file(str(local), path, mode="create"))
+                except FileExistsError:
+                    check()
+                    fs.put_file(str(local), path)
 
 
 def _link(temporary: str, path: str) -> None:
@@ -128,6 +132,7 @@ def swap_bytes(data: bytes, url: str, expected: bytes | None) -> bool:
         return True
     # The ETag of a small object is the MD5 of its bytes, but not with all kinds of encryption. So the store's ETag
     # is requested.
+    forget_reads()
     fs, path = open_url(url)
     with storage_errors(url, "look at"):
         try:
@@ -142,7 +147,7 @@ def _put_if(fs: FileSystem, url: str, data: bytes, **condition: str) -> bool:
     bucket, _, key = url.split("://", 1)[1].partition("/")
     for retries in reversed(range(5)):
         try:
-            with storage_errors(url, "write"):
+            with storage_errors(url, "write"), forget_after():
                 fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
             return True
         except FileNotFoundError:  # it went meanwhile

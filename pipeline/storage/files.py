@@ -26,6 +26,7 @@ from pipeline.storage.errors import (
     refuse_special_folder,
     storage_errors,
 )
+from pipeline.storage.remembered import forget_after, recall
 
 FileSystem: TypeAlias = fsspec.AbstractFileSystem
 _T = TypeVar("_T")
@@ -78,13 +79,20 @@ def is_file(url: str) -> bool:
 
 
 def _object_exists(url: str) -> bool:
-    fs, path = open_url(url)
-    with storage_errors(url, "look at"):
-        try:
-            # Not fs.isfile, which takes a store that does not answer for one without the file.
-            return fs.info(path)["type"] == "file"
-        except FileNotFoundError:
-            return False
+    try:
+        # Not fs.isfile, which takes a store that does not answer for one without the file.
+        return _info(url)["type"] == "file"
+    except FileNotFoundError:
+        return False
+
+
+def _info(url: str) -> dict[str, Any]:
+    """What a store tells about an object or folder; FileNotFoundError if there is none."""
+    def ask() -> dict[str, Any]:
+        fs, path = open_url(url)
+        with storage_errors(url, "look at"):
+            return fs.info(path)
+    return recall("info", url, ask)
 
 
 def check_store(url: str, seconds: float | None = None) -> None:
@@ -106,9 +114,7 @@ def check_store(url: str, seconds: float | None = None) -> None:
 
 def size(url: str) -> int:
     """Bytes of the file at `url`; FileNotFoundError if there is none."""
-    fs, path = open_url(url)
-    with storage_errors(url, "look at"):
-        return int(fs.info(path)["size"])
+    return int(_info(url)["size"])
 
 
 def stamp(url: str) -> str:
@@ -116,13 +122,12 @@ def stamp(url: str) -> str:
 
     Empty if the store tells neither a time nor an ETag. FileNotFoundError if there is no file.
     """
-    fs, path = open_url(url)
-    with storage_errors(url, "look at"):
-        if is_local(url):
+    if is_local(url):
+        with storage_errors(url, "look at"):
             refuse_special_file(url)
-            stat = os.stat(path)
+            stat = os.stat(local_path(url))
             return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
-        info = fs.info(path)
+    info = _info(url)
     mark = info.get("ETag") or info.get("mtime")
     return f"{info['size']}-{mark}" if mark else ""
 
@@ -130,9 +135,12 @@ def stamp(url: str) -> str:
 def modified_time(url: str) -> float:
     """When the file at `url` was written, in seconds of the epoch; FileNotFoundError if there is none."""
     fs, path = open_url(url)
-    with storage_errors(url, "look at"):
-        if is_local(url):
+    if is_local(url):
+        with storage_errors(url, "look at"):
             return os.stat(path, follow_symlinks=os.path.exists(path)).st_mtime  # or of a link that leads nowhere
+    if written := _info(url).get("LastModified"):
+        return written.timestamp()
+    with storage_errors(url, "look at"):
         return fs.modified(path).timestamp()
 
 
@@ -171,6 +179,10 @@ def summarize_file(url: str) -> list[Any]:
 
 def read_bytes(url: str) -> bytes:
     """The whole content of `url`."""
+    return recall("bytes", url, lambda: _request_bytes(url))
+
+
+def _request_bytes(url: str) -> bytes:
     fs, path = _open_to_read(url)
     with storage_errors(url, "read"):
         # One request: s3fs would first look for the size, to read parts of large objects at the same time. Those could
@@ -208,7 +220,8 @@ def put_file(local: Path, url: str, *, give: bool = False) -> None:
                 move_or_copy(fs, local, temporary, give)
                 os.replace(temporary, path)
         else:
-            fs.put_file(str(local), path)
+            with forget_after():
+                fs.put_file(str(local), path)
 
 
 def move_or_copy(fs: FileSystem, local: Path, path: str, give: bool) -> None:
@@ -240,7 +253,8 @@ def put_bytes(data: bytes, url: str) -> None:
                 flush_to_disk(temporary)
                 os.replace(temporary, path)
         else:
-            fs.pipe_file(path, data)
+            with forget_after():
+                fs.pipe_file(path, data)
 
 
 def put_json(document: Any, url: str) -> None:
@@ -256,14 +270,14 @@ def json_bytes(document: Any) -> bytes:
 def remove(url: str) -> None:
     """Remove the file at `url` if it is there."""
     fs, path = open_url(url)
-    with storage_errors(url, "remove"), contextlib.suppress(FileNotFoundError):
+    with storage_errors(url, "remove"), contextlib.suppress(FileNotFoundError), forget_after():
         fs.rm_file(path)
 
 
 def remove_tree(url: str) -> None:
     """Remove everything below `url`."""
     fs, path = open_url(url)
-    with storage_errors(url, "remove"), contextlib.suppress(FileNotFoundError):
+    with storage_errors(url, "remove"), contextlib.suppress(FileNotFoundError), forget_after():
         fs.rm(path, recursive=True)
 
 
@@ -278,6 +292,8 @@ def sha256(url: str) -> str:
     """sha256 of the file at `url`, read in pieces."""
     if is_local(url):
         return sha256_file(local_path(url))
+    if size(url) <= _CHUNK:  # one request
+        return hashlib.sha256(read_bytes(url)).hexdigest()
     fs, path = open_url(url)
     digest = hashlib.sha256()
     with storage_errors(url, "read"), fs.open(path, "rb", block_size=8 * _CHUNK) as file:

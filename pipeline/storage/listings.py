@@ -4,10 +4,12 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.storage.addresses import is_local, local_path, normalize
 from pipeline.storage.errors import FILE, FOLDER, find_kind, refuse_special_folder, storage_errors
 from pipeline.storage.files import open_url
+from pipeline.storage.remembered import recall
 
 
 def list_files(url: str) -> list[str]:
@@ -36,7 +38,7 @@ def _list_kinds(url: str) -> Iterator[tuple[str, str]]:
 
     DamagedFile if a local `url` is no folder, or lies below a link that leads nowhere.
     """
-    fs, path = open_url(url)
+    _, path = open_url(url)
     with storage_errors(url, "list"):
         if is_local(url):
             refuse_special_folder(url)
@@ -44,8 +46,14 @@ def _list_kinds(url: str) -> Iterator[tuple[str, str]]:
                 yield from ((entry.name, kind) for entry in entries if (kind := _entry_kind(entry)))
             return
         with contextlib.suppress(FileNotFoundError):
-            for entry in fs.ls(path, detail=True):
+            for entry in _list_objects(url):
                 yield entry["name"].rstrip("/").rsplit("/", 1)[-1], FILE if entry["type"] == "file" else FOLDER
+
+
+def _list_objects(url: str) -> list[dict[str, Any]]:
+    """What stands directly below a folder of a store; FileNotFoundError if there is nothing."""
+    fs, path = open_url(url)
+    return recall("list", url, lambda: fs.ls(path, detail=True))
 
 
 def _entry_kind(entry: os.DirEntry[str]) -> str:
@@ -107,14 +115,14 @@ def list_sizes_and_times(url: str) -> dict[str, tuple[int, float]]:
 
     The time is 0 if the store does not tell it.
     """
-    fs, path = open_url(url)
+    _, path = open_url(url)
     with storage_errors(url, "list"):
         try:
             if is_local(url):
                 with os.scandir(path) as entries:
                     return {entry.name: (stat.st_size, stat.st_mtime) for entry in entries
                             if _entry_kind(entry) == FILE and (stat := entry.stat())}
-            listed = [info for info in fs.ls(path, detail=True) if info["type"] == "file"]
+            listed = [info for info in _list_objects(url) if info["type"] == "file"]
         except (FileNotFoundError, NotADirectoryError):
             return {}
     times = [info.get("LastModified") for info in listed]
