@@ -100,7 +100,7 @@ def _check_history(current: Published) -> Iterator[Fault]:
         yield {"path": url.removeprefix(current.root).strip("/"),
                "fault": f"does not agree with the release of its version: {', '.join(facts)}"}
     for url in list_copies(current.root, current.name):
-        yield {"path": url.removeprefix(current.root).strip("/"), "fault": "is left of a repair that was killed"}
+        yield {"path": url.removeprefix(current.root).strip("/"), "fault": "belongs to a repair that did not end"}
     for gap in current.missing_history():
         more = f", and so are all up to {gap[-1]:06d}.json" if len(gap) > 1 else ""
         yield {"path": f"published/{current.name}/{gap[0]:06d}.json", "fault": f"is missing{more}"}

@@ -82,8 +82,8 @@ def hash_first(root: str, name: str) -> str:
 def restore_places(root: str, name: str, is_trusted: Callable[[dict[str, Any]], bool]) -> list[str]:
     """Give trusted entries that are in the place of another one the file of their own number; the URLs of these.
 
-    An entry that is in its own place is never replaced. A second copy of it is removed. An entry is copied before
-    another one takes its file, so that none is lost if this process is killed. The next call takes the copies.
+    An entry that is in its own place is never replaced. A second copy of it is removed. It writes a copy
+    of an entry before another one takes its file: a kill loses none. The next call uses the copies.
     """
     entries = {url: read_entry(url) for url in list_history(root, name)}
     newest = max(map(entry_number, entries), default=0)

@@ -115,8 +115,8 @@ def read_forgotten_rows(dataset: Dataset) -> np.ndarray:
     samples = dataset.manifest("shards")["totals"]["samples"]
     if _address(dataset) not in _SLOW and listed.get("requests"):
         _SLOW.add(_address(dataset))
-        _log.info("%s: each reader compares all %d rows with the takedown list, for %s lacks requests, or was made "
-                  "by an earlier version of this program\nhint: to end this: python -m jobs repair %s --root %s",
+        _log.info("%s: each reader compares all %d rows with the takedown list, because %s is old or lacks requests\n"
+                  "hint: to end this: python -m jobs repair %s --root %s",
                   dataset.label, samples, _address(dataset), dataset.name, storage.redact_credentials(dataset.root))
     stored = [row for row in rows if 0 <= row < samples] if document.get("shards", content) == content else []
     found = [row for row, _ in find_rows(dataset, parse_list(listed))]

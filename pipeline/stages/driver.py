@@ -223,9 +223,9 @@ class _Run:
             self.tally.look()  # `status` shows how the driver has left the stage, also if it ran for a second only
             first = self.failed[0]
             error, _, hint = storage.redact_credentials(first.error).partition("\nhint: ")
+            way = f"{hint}; then run the same command again" if hint else "run the same command again to retry them"
             raise StageFailed(f"{self.stage.name}: {len(self.failed)} of {len(self.ids)} items failed, the first is "
-                              f"{first.item.id}: {error}; the tracebacks are in {self.folder}\nhint: "
-                              f"{f'{hint}; then ' if hint else ''}run the same command again to retry them")
+                              f"{first.item.id}: {error}; the tracebacks are in {self.folder}\nhint: {way}")
 
     def seal(self) -> dict[str, Any]:
         """Seal the folder, and return its manifest. StageFailed if too many rows failed."""

@@ -16,7 +16,6 @@ _DENIED = {errno.EACCES, errno.EPERM}
 _ODD = {errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENXIO}
 """Errors of a disk where something else stands in the place of a file or folder."""
 FILE, FOLDER = "a file", "a folder"
-_VERIFY = "python -m jobs verify"
 _CLIENTS = {"botocore", "aiobotocore", "aiohttp", "s3fs"}
 _UNREACHABLE = {"EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError",
                 "gaierror", "ClientConnectorError", "ClientConnectorDNSError", "ConnectionRefusedError"}
@@ -147,7 +146,7 @@ def refuse_special_folder(url: str) -> None:
 
 
 def _refuse(path: Path, kind: str, expected: str) -> NoReturn:
-    raise DamagedFile(f"{path} is {kind}: expected {expected}\nhint: remove {path}; then {_VERIFY}")
+    raise DamagedFile(f"{path} is {kind}: expected {expected}\nhint: remove {path}; then python -m jobs verify")
 
 
 @contextlib.contextmanager
@@ -156,4 +155,5 @@ def verify_replaced(find_command: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except DamagedFile as error:
-        raise DamagedFile(str(error).replace(_VERIFY, find_command())) from error
+        error.args = (str(error).replace("python -m jobs verify", find_command()),)
+        raise

@@ -87,7 +87,7 @@ def _object_exists(url: str) -> bool:
 
 
 def _info(url: str) -> dict[str, Any]:
-    """What a store tells about an object or folder; FileNotFoundError if there is none."""
+    """Size, time and ETag of an object, as the store has them; FileNotFoundError if there is none."""
     def ask() -> dict[str, Any]:
         fs, path = open_url(url)
         with storage_errors(url, "look at"):
@@ -138,8 +138,8 @@ def modified_time(url: str) -> float:
     if is_local(url):
         with storage_errors(url, "look at"):
             return os.stat(path, follow_symlinks=os.path.exists(path)).st_mtime  # or of a link that leads nowhere
-    if written := _info(url).get("LastModified"):
-        return written.timestamp()
+    if modified := _info(url).get("LastModified"):
+        return modified.timestamp()
     with storage_errors(url, "look at"):
         return fs.modified(path).timestamp()
 
@@ -185,8 +185,8 @@ def read_bytes(url: str) -> bytes:
 def _request_bytes(url: str) -> bytes:
     fs, path = _open_to_read(url)
     with storage_errors(url, "read"):
-        # One request: s3fs would first look for the size, to read parts of large objects at the same time. Those could
-        # be parts of different objects.
+        # One request. By default s3fs asks for the size first, to read parts of large objects at the same time. The
+        # object may be replaced between two parts.
         return fs.cat_file(path, **({"max_concurrency": 1} if url.split("://", 1)[0] in S3_SCHEMES else {}))
 
 

@@ -5,8 +5,8 @@ A lease on a folder counts for the folders in it too.
     <root>/leases/datasets+ukiyo-e+v1+shards.<token>.json    host, process, and whether the command empties the folder
 
 A thread rewrites the file every few seconds. A lease ends if it is not renewed, or if its process ran on this machine
-and has ended. Ages come from the file times of the store, never from the clock of a machine. A lease that is dated in
-the future, because a clock was ahead, gets the time of now: it ends too, unless it is renewed.
+and has ended. Ages come from the file times of the store, never from the clock of a machine. A clock that was
+ahead can give a lease a time in the future. Such a lease gets the time of now, and ends too if nothing renews it.
 """
 
 import contextlib

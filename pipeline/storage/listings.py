@@ -51,7 +51,7 @@ def _list_kinds(url: str) -> Iterator[tuple[str, str]]:
 
 
 def _list_objects(url: str) -> list[dict[str, Any]]:
-    """What stands directly below a folder of a store; FileNotFoundError if there is nothing."""
+    """The objects and folders directly below a folder of a store; FileNotFoundError if there are none."""
     fs, path = open_url(url)
     return recall("list", url, lambda: fs.ls(path, detail=True))
 

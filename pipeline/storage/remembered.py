@@ -1,4 +1,4 @@
-"""What this command has read from an object store, so that a command that only reads requests nothing twice.
+"""Remember reads of an object store. A command that only reads requests nothing twice then.
 
 Inside `remember_reads` each object, listing, size and time is requested once. A write of this process, or
 `forget_reads`, drops all that is remembered. Nothing is remembered of a disk, or after the block.
@@ -51,7 +51,8 @@ def recall(question: str, url: str, ask: Callable[[], _T]) -> _T:
     if (question, url) in answers:
         answer = answers[question, url]
         if isinstance(answer, FileNotFoundError):
-            raise FileNotFoundError(*answer.args)
+            error = answer.with_traceback(None)  # otherwise it grows each time
+            raise error
         return answer
     try:
         answer = ask()

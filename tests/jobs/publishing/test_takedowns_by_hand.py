@@ -98,7 +98,7 @@ def test_readers_name_the_command_that_ends_the_comparison_of_all_rows(
     del document["digest"]  # as earlier versions of this program wrote it
     file.write_text(json.dumps(document))
     assert _hidden(hand) == _hidden(hand) == ["c.png"]
-    assert caplog.text.count(f"each reader compares all 6 rows with the takedown list, for {file} lacks") == 1
+    assert caplog.text.count(f"each reader compares all 6 rows with the takedown list, because {file} is old") == 1
     assert f"hint: to end this: python -m jobs repair hand --root {hand / 'root'}" in caplog.text
     assert main(["repair", "hand", "--root", str(hand / "root")]) == 0
     caplog.clear()

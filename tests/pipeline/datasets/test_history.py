@@ -27,11 +27,11 @@ def _make(root: str, numbers: list[int]) -> None:
 
 def _kill_at(patch: pytest.MonkeyPatch, number: int) -> None:
     """The write of that number ends this command in place of changing a file."""
-    left = itertools.count(number, -1)
+    writes_left = itertools.count(number, -1)
 
     def killing(function: Callable[..., Any]) -> Callable[..., Any]:
         def write(*arguments: Any) -> Any:
-            if next(left) == 0:
+            if next(writes_left) == 0:
                 raise _Killed
             return function(*arguments)
         return write
