@@ -112,10 +112,14 @@ def is_sealed(stage: Stage) -> bool:
 def sealed_input(root: str, path: str, command: str, sha256: str | None = None) -> dict[str, Any]:
     """How another stage names the sealed folder `path` below `root` among its inputs.
 
-    ValueError if that folder is stale: its rows would be taken for those of an input it was not made from.
+    ValueError if that folder is stale: its rows would be taken for those of an input it was not made from. DamagedFile
+    if it was published under `sha256`.
     """
     manifest = read_manifest(storage.join(root, path), command, sha256)
     if changed := changed_inputs(root, manifest):
+        if sha256 is not None:  # a published version never changes: nothing of it is made again
+            raise DamagedFile(f"{storage.join(root, path)} was published, and is stale: {', '.join(changed)} changed "
+                              f"since\nhint: python -m jobs verify --against current")
         raise ValueError(f"{storage.join(root, path)} is stale: {', '.join(changed)} changed since\n"
                          f"hint: make it again, with its own settings: {command} --overwrite")
     return {"path": path, "digest": manifest["content"]}

@@ -74,7 +74,7 @@ def test_rollback_distinguishes_unpublished_from_damaged_versions(
     assert main(["verify", "--quick", "--root", root]) == 0
 
 
-@pytest.mark.parametrize("stage", ["shards", "embeddings", "index"])
+@pytest.mark.parametrize("stage", ["shards", "index"])
 def test_readers_name_a_published_stage_without_a_manifest(second: Path, stage: str,
                                                            capsys: pytest.CaptureFixture[str]) -> None:
     root = str(second / "root")
@@ -89,6 +89,19 @@ def test_readers_name_a_published_stage_without_a_manifest(second: Path, stage: 
     assert f"hint: python -m jobs rollback --root {root} {NAME} --to v1" in capsys.readouterr().err
     assert main(["rollback", NAME, "--to", "v1", "--root", root]) == 0
     assert main(["search", NAME, "a circle", "--root", root]) == 0
+
+
+@pytest.mark.parametrize("stage", ["embeddings"])
+def test_a_damaged_input_of_a_published_stage_is_no_invalid_usage(second: Path, stage: str,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(second / "root")
+    (_version(second, "v2") / stage / "manifest.json").write_text("{")
+    for verb in (["neighbors", f"{NAME}@v1", "--database", NAME, "--local"],
+                 ["sample", "a circle", "--database", NAME, "--local"]):
+        assert main([*verb, "--root", root]) == 1, verb
+        assert f"hint: python -m jobs verify --root {root} --against current" in capsys.readouterr().err, verb
+    assert main(["verify", "--against", "current", "--root", root]) == 1
+    assert f"hint: python -m jobs rollback --root {root} {NAME} --to v1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["forgotten.json", f"datasets/{NAME}/v2/forgotten.json",
