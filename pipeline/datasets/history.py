@@ -46,10 +46,10 @@ def read_entry(url: str) -> dict[str, Any] | None:
         return None
 
 
-def read_entry_bytes(root: str, name: str, sequence: int) -> bytes:
-    """The bytes of the entry of a publication; DamagedFile if it is no file."""
+def read_entry_bytes(root: str, name: str, url: str) -> bytes:
+    """The bytes of an entry of a history; DamagedFile if it is no file."""
     with storage.verify_replaced(lambda: f"python -m jobs repair {name} --root {root}"):
-        return storage.read_bytes(history_url(root, name, sequence))
+        return storage.read_bytes(url)
 
 
 def add_entry(root: str, name: str, document: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ def find_gaps(numbers: set[int], first: int) -> list[range]:
 def hash_first(root: str, name: str) -> str:
     """sha256 of the first entry of a history; "" without one."""
     urls = list_history(root, name)
-    return hashlib.sha256(read_entry_bytes(root, name, entry_number(urls[0]))).hexdigest() if urls else ""
+    return hashlib.sha256(read_entry_bytes(root, name, urls[0])).hexdigest() if urls else ""
 
 
 def restore_places(root: str, name: str, is_trusted: Callable[[dict[str, Any]], bool]) -> list[str]:

@@ -108,8 +108,8 @@ class Published:
         if sequence < newest:
             return f"is an older one: it has number {sequence}, and the history goes up to {newest}"
         if sequence == newest and sequence:
-            listed = parse_pointer(read_entry_bytes(self.root, self.name, sequence)) or {}
-            if not is_same_publication(listed, self.document):
+            data = read_entry_bytes(self.root, self.name, history_url(self.root, self.name, sequence))
+            if not is_same_publication(parse_pointer(data) or {}, self.document):
                 return f"is not publication {sequence} of the history"
         return self._find_rollback(sequence, newest)
 

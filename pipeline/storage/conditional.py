@@ -163,9 +163,12 @@ def _put_if(fs: FileSystem, url: str, data: bytes, **condition: str) -> bool:
 
 
 def set_time(url: str) -> None:
-    """Give a file the time of the store, unless another process replaces or removes it at this moment."""
+    """Give a file the time of the store, unless another process replaces or removes it at this moment.
+
+    Nothing happens to a file of another user that this one may not write.
+    """
     if is_local(url):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             os.utime(local_path(url))
     else:
         data = read_bytes(url)
