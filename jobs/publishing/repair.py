@@ -109,7 +109,7 @@ def _close_history(current: Published, *, dry_run: bool) -> dict[str, Any]:
         _log.warning("repair: these publications of %s are lost: %s. Versions that no other names cannot be published "
                      "again", current.name, ", ".join(lost))
     if not dry_run:
-        _refuse_special_files(damaged)
+        _refuse_special_files(current, damaged)
         if not current.sign_again(repaired=True, **find_false_facts(current, current.document)):
             _refuse_superseded(current.name)
         _remove(damaged)
@@ -158,10 +158,11 @@ def _refuse_superseded(name: str) -> NoReturn:
     raise StageFailed(f"another command published a version of {name} meanwhile\nhint: python -m jobs versions {name}")
 
 
-def _refuse_special_files(urls: list[str]) -> None:
+def _refuse_special_files(current: Published, urls: list[str]) -> None:
     """DamagedFile if a damaged entry of the history is no file: what it is may not be ours to remove."""
-    for url in urls:
-        storage.refuse_special_file(url)
+    with storage.verify_replaced(lambda: f"python -m jobs repair {current.name}"):
+        for url in urls:
+            storage.refuse_special_file(url)
 
 
 def _remove(urls: list[str]) -> None:
@@ -200,7 +201,7 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool,
     if dry_run:
         return report
     damaged = current.damaged_history()
-    _refuse_special_files(damaged)
+    _refuse_special_files(current, damaged)
     if not current.replace(after):
         _refuse_superseded(name)
     _remove(damaged)

@@ -273,7 +273,7 @@ def test_a_history_entry_that_is_no_file_is_named(second: Path, kind: str, capsy
                  ["rebuild", NAME, "--source", str(second / "source"), "--local"]):
         assert main([*verb, "--root", root]) == 1, verb
         out, err = capsys.readouterr()
-        assert "000002.json is a " in out + err and f"hint: remove {entry}; then python -m jobs verify" in err, verb
+        assert "000002.json is a " in out + err and f"hint: remove {entry}; then python -m jobs repair" in err, verb
     entry.rmdir() if kind == "folder" else entry.unlink()
     paint(second / "source" / "more.png", 2)
     assert rebuild(root, second / "source")["published"] == "v3"
