@@ -84,9 +84,9 @@ def test_readers_name_a_published_stage_without_a_manifest(second: Path, stage: 
         assert main([*verb, "--root", root]) == 1, verb
         error = capsys.readouterr().err
         assert f"{stage} is part of the published {NAME}@v2 and has no manifest.json" in error, error
-        assert f"hint: python -m jobs verify --root {root} --quick --only datasets/{NAME}" in error, error
+        assert f"hint: python -m jobs verify --quick --only datasets/{NAME} --root {root}" in error, error
     assert main(["verify", "--quick", "--only", f"datasets/{NAME}", "--root", root]) == 1
-    assert f"hint: python -m jobs rollback --root {root} {NAME} --to v1" in capsys.readouterr().err
+    assert f"hint: python -m jobs rollback {NAME} --to v1 --root {root}" in capsys.readouterr().err
     assert main(["rollback", NAME, "--to", "v1", "--root", root]) == 0
     assert main(["search", NAME, "a circle", "--root", root]) == 0
 
@@ -99,9 +99,9 @@ def test_a_damaged_input_of_a_published_stage_is_no_invalid_usage(second: Path, 
     for verb in (["neighbors", f"{NAME}@v1", "--database", NAME, "--local"],
                  ["sample", "a circle", "--database", NAME, "--local"]):
         assert main([*verb, "--root", root]) == 1, verb
-        assert f"hint: python -m jobs verify --root {root} --against current" in capsys.readouterr().err, verb
+        assert f"hint: python -m jobs verify --against current --root {root}" in capsys.readouterr().err, verb
     assert main(["verify", "--against", "current", "--root", root]) == 1
-    assert f"hint: python -m jobs rollback --root {root} {NAME} --to v1" in capsys.readouterr().err
+    assert f"hint: python -m jobs rollback {NAME} --to v1 --root {root}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["forgotten.json", f"datasets/{NAME}/v2/forgotten.json",
