@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.formats import parquet
+from pipeline.layouts.column_paths import cell_at, find_roots
 from pipeline.rows.column_names import (
     CAPTION_COLUMNS,
     FILE_COLUMNS,
@@ -91,8 +92,8 @@ def read_captions(address: str, caption_column: str) -> list[TableRow]:
     if not rows and not header:
         return []
     file_column = next(iter(find_columns(header, FILE_COLUMNS)), None)
-    wanted = [caption_column] if caption_column else find_caption_columns(header)
-    caption = next((name for name in wanted if name in header), None)
+    usual = next(iter(find_caption_columns(header)), None)
+    caption = (caption_column if find_roots(caption_column, header) else None) if caption_column else usual
     is_metadata = address.rpartition("/")[2] in METADATA_FILES
     if is_metadata and file_column is None:
         _log.warning("%s is not used: no column names the images; it has %s", address, ", ".join(header))
@@ -114,8 +115,8 @@ def read_captions(address: str, caption_column: str) -> list[TableRow]:
             continue
         cells = {name: str(cell) if name in large and (cell := row.cells.get(name)) is not None else row.cells.get(name)
                  for name in others}
-        value = row.cells.get(caption or "")
-        if caption and isinstance(value, list | dict):  # its first text is the caption, and all of it is stored
+        value = cell_at(row.cells, caption) if caption else None
+        if caption in header and isinstance(value, list | dict):  # its first text is the caption, all is stored
             cells[caption] = value
         row.cells = (json_cells(cells)
                      | {"file": cell_text(row.cells.get(file_column)) or f"(row {number} of the captions)"}

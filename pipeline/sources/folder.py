@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.layouts.column_paths import cell_at
 from pipeline.layouts.folders import FolderLayout, find_folder_layout, fits_layout, folder_cells
 from pipeline.media.types import SUFFIXES, BadImage
 from pipeline.rows import img2dataset
@@ -73,7 +74,8 @@ class FolderSource(Source):
             # A layout reads these columns from the name, and earlier versions did not have them.
             derived = self._layout_columns.get(row.number, set())
             columns = {name: cell for name, cell in row.columns.items() if name not in derived}
-            facts = [row.name, row.caption, hashable_cells(columns), row.remarks, row.missing, row.caption_file]
+            remarks = [remark for remark in row.remarks if remark != _EMPTY_CAPTION]  # earlier versions lacked it
+            facts = [row.name, row.caption, hashable_cells(columns), remarks, row.missing, row.caption_file]
             digest.update(json.dumps([*facts, *row.more_files], sort_keys=True).encode() + b"\n")
         return digest.hexdigest()
 
@@ -143,7 +145,7 @@ class FolderSource(Source):
         wanted = [self.config.caption_column] if self.config.caption_column else find_caption_columns(document)
         caption = next((name for name in wanted if document.get(name)), next(iter(wanted), ""))
         others = {name: cell for name, cell in document.items() if name != caption or is_more_than_caption(name)}
-        return cell_text(document.get(caption)), others
+        return cell_text(cell_at(document, caption)), others
 
     def _rows(self) -> list[Row]:
         if self._listed_rows is None:
@@ -205,6 +207,8 @@ class FolderSource(Source):
         json_file = files.documents.get(file or name) or files.documents.get(stem, "")
         if listed is None and not caption_file and not json_file and (any_listed or files.has_texts):
             remarks.append("caption_missing")
+        elif listed is not None and "caption" in listed and not (caption.strip() or caption_file or json_file):
+            remarks.append(_EMPTY_CAPTION)
         if self._layout and file and not json_file and not fits_layout(self._layout, file):
             remarks.append("class_missing")
         elif self._layout and file and not json_file:
@@ -242,6 +246,7 @@ class FolderSource(Source):
             _log.info("%s: files that are ignored: %s", self.base, count_text(files.ignored))
 
 
+_EMPTY_CAPTION = "caption_missing: the table has an empty text"
 _NOT_LISTED = "named in the captions, not in the folder"
 
 

@@ -93,7 +93,7 @@ def choose_columns(schema: pa.Schema, address: str, config: ShardConfig, first: 
     if first and kind != first.kind:
         raise ValueError(f"{address} has images as {kind} ({url or image}), and the first file of the list as "
                          f"{first.kind} ({first.image})\nhint: make a dataset of each")
-    caption = config.caption_column or next(iter(find_caption_columns(types)), layout.caption)
+    caption = config.caption_column or _choose_caption(layout, types)
     caption = caption if find_roots(caption, types) else ""
     is_output = img2dataset.is_output(types)
     # The hashes of img2dataset are those of its downloads, and it encodes images again.
@@ -128,6 +128,13 @@ def _choose_url(layout: Layout, types: Mapping[str, pa.DataType], text_kinds: Ma
                   and text_kinds.get(name) != "bytes"), "")
     known = layout.url if layout.url and find_roots(layout.url, types) else ""
     return known or usual if layout.url_first else usual or known
+
+
+def _choose_caption(layout: Layout, types: Mapping[str, pa.DataType]) -> str:
+    """The usual column for captions, and after it the path of a layout, whose records may lack that column."""
+    usual = next(iter(find_caption_columns(types)), "")
+    is_path = layout.caption and "{" not in layout.caption and layout.caption not in types
+    return f"{usual};{layout.caption}" if usual and is_path else usual or layout.caption
 
 
 def text_candidates(schema: pa.Schema) -> list[str]:

@@ -23,7 +23,7 @@ from pipeline.rows.rows import Part, ReadReport, Row, split_remark
 from pipeline.sources.list_columns import Columns, make_row, text_candidates
 from pipeline.sources.lists import ListSource
 from pipeline.storage import name_by_content
-from pipeline.tables.arrow_cells import kind_of_type, plain_cells, stored_columns, table_rows
+from pipeline.tables.arrow_cells import as_utf8, kind_of_type, plain_cells, stored_columns, table_rows
 from pipeline.tables.cells import TableRow, decode_bytes
 from pipeline.tables.class_labels import class_features, name_classes
 from pipeline.tables.image_cells import text_kind
@@ -180,7 +180,7 @@ class ParquetLists(ListSource):
                 table = table.append_column(name, cells)
             elif not self._schemas or any(name in schema.names for _, schema in self._distinct_schemas()):
                 table = table.append_column(name, pa.nulls(table.num_rows))
-        return table
+        return as_utf8(table, self.where.columns)
 
     def _filter_groups(self, file: pq.ParquetFile, address: str) -> Iterator[tuple[int, np.ndarray]]:
         """(position, numbers from there on) of rows that pass the filter, batch by batch."""

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.layouts.column_paths import cell_at
 from pipeline.media import tars
 from pipeline.media.foreign_tars import packed
 from pipeline.media.foreign_tars.index import MOST_MEMBERS
@@ -80,8 +81,10 @@ class TarSource(Source):
         for number, sample in enumerate(samples, inputs["first"]):
             batch.append(images.row(number, sample, has_captions=bool(faults.endings & set(CAPTION_SUFFIXES))))
             if len(batch) == _BATCH:
+                images.note_captions(batch)
                 yield from self._filter_batch(batch, reading)
                 batch = []
+        images.note_captions(batch)
         yield from self._filter_batch(batch, reading)
         name = inputs["tar"].rsplit("/", 1)[-1]
         if ends_early:
@@ -198,7 +201,7 @@ def sample_caption(sample: dict[str, Any], meta: dict[str, Any], column: str = "
     The first member with a text counts, then the JSON. `remarks` gets an entry for bytes that are not UTF-8.
     """
     if column:
-        return cell_text(meta.get(column))
+        return cell_text(cell_at(meta, column))
     members = [sample.get(name) for name in _names(key)] if key else [
         _member_beside(sample, image, suffix) for suffix in CAPTION_SUFFIXES]
     for data in members:
@@ -215,7 +218,7 @@ class ImageChoice:
 
     def __init__(self, config: ShardConfig) -> None:
         self._config = config
-        self._others, self._example = 0, ""
+        self._others, self._example, self._has_captions = 0, "", False
         self._unused: Counter[str] = Counter()
         self._named = {*_names(config.image_key), *_names(config.caption_key), "__key__"}
 
@@ -234,6 +237,13 @@ class ImageChoice:
         return Row(number, cell_text(meta.get("url")) or sample["__key__"], caption,
                    json_cells(meta | {"source_key": sample["__key__"]}), remarks=remarks,
                    data=sample[suffix] if suffix else None, missing=missing)
+
+    def note_captions(self, rows: Sequence[Row]) -> None:
+        """Note the rows without a caption, if rows of these or of earlier ones have one in their JSON."""
+        self._has_captions = self._has_captions or any(row.caption for row in rows)
+        for row in rows if self._has_captions else ():
+            if not row.caption and "caption_missing" not in row.remarks:
+                row.remarks.append("caption_missing")
 
     def remarks(self, tar_name: str) -> list[tuple[str, str, str]]:
         """(key, reason, detail) of samples with several images and of members of no use, for the ledger."""

@@ -133,6 +133,18 @@ def text_columns(table: pa.Table) -> set[str]:
     return found
 
 
+def as_utf8(table: pa.Table, names: Collection[str]) -> pa.Table:
+    """A table with U+FFFD for bytes in some columns that are not UTF-8, which functions of Arrow refuse."""
+    for position, field in enumerate(table.schema):
+        if field.name in names and is_text(field.type):
+            try:
+                table.column(position).validate(full=True)
+            except pa.ArrowInvalid:
+                cells = pa.array(plain_cells(table.column(position))[0], field.type)
+                table = table.set_column(position, field, cells)
+    return table
+
+
 def plain_cells(column: pa.ChunkedArray, *, as_bytes: bool = False) -> tuple[list[Any], Problems]:
     """The cells of a column as plain cells. Lists, objects and maps become JSON text."""
     decoded = _decode(column)

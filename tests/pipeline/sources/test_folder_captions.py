@@ -82,6 +82,31 @@ def test_metadata_without_captions_is_taken_and_its_columns_are_named(tmp_path, 
         captions(source, caption_column="words")
 
 
+def test_a_path_or_template_names_the_caption_in_tables_and_json(tmp_path):
+    source = write_images(tmp_path / "source", "a.png", "b.png")
+    for name in "ab":
+        (source / f"{name}.json").write_text(json.dumps({"meta": {"cap": f"deep {name}"}, "n": 1}))
+    rows = table(*shard_source(tmp_path / "x", source, caption_column="meta.cap"))
+    assert [(row["caption"], row["meta"]) for row in rows] == [("deep a", '{"cap": "deep a"}'),
+                                                               ("deep b", '{"cap": "deep b"}')]
+    tables = write_images(tmp_path / "tables", "a.png", "b.png")
+    for kind in ("csv", "parquet"):
+        write_list(tables / f"metadata.{kind}", [{"file_name": "a.png", "style": "Cubism", "artist": "Gris"},
+                                                 {"file_name": "b.png", "style": "Cubism", "artist": None}])
+        assert captions(tables, caption_column="{style}, {artist}") == {"a.png": "Cubism, Gris", "b.png": ""}
+        (tables / f"metadata.{kind}").unlink()
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_an_empty_caption_in_a_table_is_noted(tmp_path, kind):
+    source = write_images(tmp_path / "source", "a.png", "b.png", "c.png")
+    (source / "c.txt").write_text("from the text")
+    write_list(source / f"metadata.{kind}", [{"file_name": "a.png", "text": None}, {"file_name": "b.png", "text": "b"},
+                                             {"file_name": "c.png", "text": ""}])
+    assert [row.remarks for row in open_path(source)._rows()] == [
+        ["caption_missing: the table has an empty text"], [], []]
+
+
 def test_text_files_beside_images_may_have_any_spelling(tmp_path):
     source = write_images(tmp_path / "source", "a.png", "b.png", "c.jpg", "d.png")
     texts = {"a.caption": "kohya", "b.TXT": "large letters", "c.caption": "not this", "c.txt": "this"}

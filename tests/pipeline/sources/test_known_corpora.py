@@ -116,6 +116,14 @@ def smithsonian(folder: Path, url: str) -> Path:
     return folder / "metadata"
 
 
+def smithsonian_without_title(folder: Path, url: str) -> Path:
+    """The first record has a title, and the second one only that inside of its content."""
+    path = next(smithsonian(folder, url).rglob("*.bz2"))
+    record = bz2.decompress(path.read_bytes())
+    path.write_bytes(bz2.compress(json.dumps({"title": "a dog"} | json.loads(record)).encode() + b"\n" + record))
+    return folder / "metadata"
+
+
 def aic(folder: Path, url: str) -> Path:
     path = folder / "json/artworks/4.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +169,11 @@ def test_tables_of_known_corpora_are_read(tmp_path, image_site, caplog, name, ma
 def test_flags_override_a_layout(tmp_path, image_site, make, flags, caption):
     dataset, manifest = shard_source(tmp_path / "x", make(tmp_path, f"http://{image_site}/00.png"), **flags)
     assert [row["caption"] for row in table(dataset, manifest)] == [caption]
+
+
+def test_a_layout_has_the_caption_of_records_without_the_usual_column(tmp_path, image_site):
+    dataset, _ = shard_source(tmp_path / "x", smithsonian_without_title(tmp_path, f"http://{image_site}/00.png"))
+    assert [row["caption"] for row in table(dataset, _)] == ["a dog", "a cat"]
 
 
 def test_open_images_is_checked_by_hash_or_by_thumbnail(tmp_path, image_site):

@@ -149,6 +149,14 @@ def test_the_first_text_of_a_sample_that_is_not_empty_counts_and_changed_bytes_a
     assert manifest["totals"]["noted"] == {"cell_changed": 3}
 
 
+def test_captions_in_json_may_be_named_by_a_path_and_are_missed_elsewhere(tmp_path):
+    source = write_tar(tmp_path / "0.tar", [
+        ("0.png", PNG[0]), ("0.json", b'{"n": 1}'), ("1.png", PNG[1]),
+        ("1.json", b'{"caption": "c", "m": {"t": "d"}}')])
+    assert notes(tmp_path / "1", source) == {("0", "caption_missing", True)}
+    assert rows_of(tmp_path / "2", source, caption_column="m.t") == [("0", "", 0), ("1", "d", 1)]
+
+
 def test_a_suffix_chooses_one_of_several_images(tmp_path):
     write_tar(tmp_path / "tars" / "0.tar", [
         ("a.left.png", PNG[0]), ("a.right.png", PNG[1]), ("a.long.txt", b"long a"), ("a.txt", b"short a"),

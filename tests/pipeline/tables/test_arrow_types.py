@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.tables.arrow_cells import table_rows
+from pipeline.tables.arrow_cells import as_utf8, table_rows
 from pipeline.tables.parquet_tables import open_parquet
 from tests.pipeline.shards.test_shard import ledger
 from tests.pipeline.sources.list_datasets import PICTURES, shard_source, stored_samples
@@ -136,3 +136,5 @@ def test_categories_that_are_not_utf8_are_changed_and_named(tmp_path, indices):
     assert [remark.partition(": bytes")[0] for remark in rows[0].remarks] == [
         f"cell_changed: {name}" for name in ("x", "y.z", "s")]
     assert rows[1].cells["x"] == "b" and not rows[1].remarks
+    assert as_utf8(pa.table({"x": texts, "n": [1, 2]}), {"x", "n"}).to_pylist() == [
+        {"x": "a\ufffd", "n": 1}, {"x": "b", "n": 2}]
