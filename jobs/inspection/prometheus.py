@@ -99,7 +99,8 @@ async def _serve(registry: CollectorRegistry, host: str, port: int) -> None:
                          f"hint: python -m jobs status --serve {other}") from None
     _log.info("status: at http://%s:%d/metrics", host, listener.sockets[0].getsockname()[1])
     stopped = asyncio.Event()
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    if (threading.current_thread() is threading.main_thread()  # others cannot handle signals
+            and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN):
         # An exception raised at any moment could be lost inside a callback.
         loop.add_signal_handler(signal.SIGINT, stopped.set)
     try:
