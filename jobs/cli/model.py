@@ -258,7 +258,7 @@ class EvaluateOptions:
 
 
 def run_evaluate(options: EvaluateOptions) -> int:
-    from jobs.evaluation.evaluate_stage import Evaluation, check_same_data
+    from jobs.evaluation.evaluate_stage import Evaluation, check_same_data, plan_ways
     from jobs.evaluation.evaluation_data import evaluation_data
     from jobs.evaluation.judge_stage import StyleClassifierStage
     from jobs.runs.run import Run
@@ -268,13 +268,15 @@ def run_evaluate(options: EvaluateOptions) -> int:
     dataset, train_database, databases = evaluation_data(run, options.database)
     check_same_data(run, dataset)
     judging = StyleClassifierStage(run, dataset, databases, options.evaluate.judge_steps)
+    request = (judging, train_database, options.checkpoint, options.embed.clip(), options.evaluate, options.sample,
+               options.prompt)
+    plan_ways(*request)  # what is impossible is refused before the judges are trained
     stage = options.stage
     if options.common.dry_run:
         return print_forecast(judging, options, options.cluster)
     with open_runner(options.common, options.cluster) as runner:
         run_observed(judging, runner, trackers=stage.tracker, overwrite=stage.overwrite)
-        evaluation = Evaluation(judging, train_database, options.checkpoint, options.embed.clip(), options.evaluate,
-                                options.sample, options.prompt, options.name)
+        evaluation = Evaluation(*request, options.name)
         run_observed(evaluation, runner, trackers=stage.tracker, overwrite=stage.overwrite)
     _log.info("evaluate: images, plot and numbers are in %s", evaluation.folder)
     if stage.json:

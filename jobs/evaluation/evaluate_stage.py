@@ -60,6 +60,31 @@ WAYS = (StyleRequest("database", False, "style"), StyleRequest("prompt", True, "
         StyleRequest("both", True, "style"), StyleRequest("text", True, ""), StyleRequest("neither", False, "mixed"))
 
 
+def plan_ways(judging: StyleClassifierStage, mixed: Dataset, step: int, encoder: ClipConfig, config: EvaluateConfig,
+              how: SampleConfig, prompts: Sequence[str]) -> tuple[Sequence[str], list[tuple[StyleRequest, int]]]:
+    """The prompts of an evaluation, and its ways to request a style with their numbers of prompts.
+
+    ValueError if the evaluation is impossible. Nothing of it needs the trained judges.
+    """
+    if wrong := [way for way in config.ways if way not in summary.NAMES]:
+        raise ValueError(f"evaluate.ways = {wrong[0]!r}: must be some of {', '.join(summary.NAMES)}")
+    check_sample_config(judging.run, step or judging.run.latest_step(), how)
+    check_same_encoder(judging.run, encoder, [mixed, *judging.databases])
+    prompts = prompts or held_out_captions(judging.dataset, judging.databases)[:config.prompts]
+    if not prompts:
+        raise ValueError("the databases have no subject that training has not seen\n"
+                         "hint: --prompt 'a red apple', once for each")
+    few = min(config.sweep_prompts, len(prompts))
+    ways = [(way, len(prompts)) for way in WAYS if (way.source or how.text)
+            and (not config.ways or way.id in config.ways)]
+    ways += [(StyleRequest(f"k-{k}", False, "style", k=k), few) for k in config.sweep_k]
+    ways += [(StyleRequest(f"guidance-{scale:g}", False, "style", guidance=scale), few)
+             for scale in config.sweep_guidance]
+    if not ways:
+        raise ValueError("no way and no sweep is requested\nhint: --ways database, or numbers for --sweep-k")
+    return prompts, ways
+
+
 class Evaluation(Stage):
     """The stage from a run, databases and judges to runs/<run>/evaluations/<hash>; an item for each way and style."""
 
@@ -71,8 +96,6 @@ class Evaluation(Stage):
         self.judging, self.run, self.databases = judging, judging.run, judging.databases
         self.mixed, self.encoder, self.how, self.prompts = mixed, encoder, how, prompts
         self.step = step or self.run.latest_step()
-        if wrong := [way for way in config.ways if way not in summary.NAMES]:
-            raise ValueError(f"evaluate.ways = {wrong[0]!r}: must be some of {', '.join(summary.NAMES)}")
         super().__init__(self.run.root, f"{self.run.path}/evaluations/{name}", config)
         if name:
             Run.parse(self.root, name)  # a name, not a way out of the folder
@@ -102,15 +125,9 @@ class Evaluation(Stage):
         return inputs
 
     def plan(self) -> list[Item]:
-        check_sample_config(self.run, self.step, self.how)
-        check_same_encoder(self.run, self.encoder, [self.mixed, *self.databases])
-        prompts = self.prompts or held_out_captions(self.judging.dataset, self.databases)[:self.config.prompts]
-        if not prompts:
-            raise ValueError("the databases have no subject that training has not seen\n"
-                             "hint: --prompt 'a red apple', once for each")
-        items, ways = [], self._ways(len(prompts))
-        if not ways:
-            raise ValueError("no way and no sweep is requested\nhint: --ways database, or numbers for --sweep-k")
+        prompts, ways = plan_ways(self.judging, self.mixed, self.step, self.encoder, self.config, self.how,
+                                  self.prompts)
+        items = []
         for way, count in ways:
             # A request without a style runs once.
             for number, database in enumerate(self.databases if way.named or way.source == "style" else [None]):
@@ -118,14 +135,6 @@ class Evaluation(Stage):
                                                           "prompts": list(prompts[:count]),
                                                           "count": count * self.config.seeds}))
         return items
-
-    def _ways(self, prompts: int) -> list[tuple[StyleRequest, int]]:
-        few = min(self.config.sweep_prompts, prompts)
-        ways = [(way, prompts) for way in WAYS if (way.source or self.how.text)
-                and (not self.config.ways or way.id in self.config.ways)]
-        ways += [(StyleRequest(f"k-{k}", False, "style", k=k), few) for k in self.config.sweep_k]
-        return ways + [(StyleRequest(f"guidance-{scale:g}", False, "style", guidance=scale), few)
-                       for scale in self.config.sweep_guidance]
 
     def _judges(self) -> dict[str, Any]:
         return read_manifest(self.judging.folder, self.judging.command)["info"]

@@ -21,10 +21,22 @@ FEW = ["--prompts", "2", "--judge-steps", "80", "--steps", "3", "--sweep-k", "1"
        "--sweep-prompts", "1"]
 
 
+@pytest.fixture(scope="module")
+def judged_root(trained_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with trained judges and one small evaluation, `few`."""
+    root = shutil.copytree(trained_root, tmp_path_factory.mktemp("judged") / "root")
+    assert _evaluate(root, "--name", "few", "--ways", "database", "--sweep-k", "--sweep-guidance") == 0
+    return root
+
+
 @pytest.fixture
-def root(trained_root: Path, tmp_path: Path) -> Path:
-    shutil.copytree(trained_root, tmp_path / "root")
-    return tmp_path / "root"
+def root(judged_root: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(judged_root, tmp_path / "root")
+
+
+@pytest.fixture
+def unjudged_root(trained_root: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained_root, tmp_path / "root")
 
 
 def _evaluate(root: Path, *flags: str, databases: Sequence[str] = STYLES) -> int:
@@ -42,6 +54,7 @@ def test_held_out_subjects_are_those_that_training_does_not_have(trained_root: P
 
 
 def test_everything_is_measured_and_reported(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(root / "runs/small/evaluations/few")
     assert _evaluate(root, "--name", "here") == 0
     table = capsys.readouterr().out
     assert all(name in table for name in summary.NAMES.values()) and "k = 1" in table and "guidance = 1.5" in table
@@ -106,8 +119,7 @@ def test_samples_by_neighbors_alone_ignore_the_text(root: Path, capsys: pytest.C
 
 
 def test_only_the_requested_ways_are_generated(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _evaluate(root, "--name", "here", "--ways", "database", "--sweep-k", "--sweep-guidance") == 0
-    folder = root / "runs/small/evaluations/here"
+    folder = root / "runs/small/evaluations/few"
     assert [row["way"] for row in json.loads((folder / "evaluation.json").read_text())["ways"]] == ["database"]
     assert [path.name for path in folder.glob("grid-*.png")] == ["grid-database.png"]
     assert main(["report", "--root", str(root)]) == 0
@@ -141,20 +153,23 @@ def test_the_result_depends_on_neither_workers_nor_repetition(root: Path, cluste
     (("--checkpoint", "7"), STYLES, "7"),
     ((), ("flat", "nowhere"), "nowhere"),
 ])
-def test_impossible_evaluations_are_refused_with_a_clear_message(root: Path, capsys: pytest.CaptureFixture[str],
-                                                                 flags: Sequence[str], databases: Sequence[str],
-                                                                 message: str ) -> None:
+def test_impossible_evaluations_are_refused_before_judges_are_trained(
+        unjudged_root: Path, capsys: pytest.CaptureFixture[str], flags: Sequence[str], databases: Sequence[str],
+        message: str) -> None:
     with contextlib.suppress(SystemExit):  # flags that are wrong by themselves end in the parser
-        assert _evaluate(root, *flags, databases=databases) == 2
+        assert _evaluate(unjudged_root, *flags, databases=databases) == 2
     assert message in capsys.readouterr().err
+    assert not (unjudged_root / "runs/small/judges").exists()
 
 
-def test_a_database_without_unseen_subjects_needs_prompts(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_database_without_unseen_subjects_needs_prompts(unjudged_root: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
     # A second copy of what training has seen, twice over.
     for name in ("one", "two"):
-        shutil.copytree(root / "datasets/drawn", root / f"datasets/{name}")
-    assert _evaluate(root, databases=("one", "two")) == 2
+        shutil.copytree(unjudged_root / "datasets/drawn", unjudged_root / f"datasets/{name}")
+    assert _evaluate(unjudged_root, databases=("one", "two")) == 2
     assert "--prompt" in capsys.readouterr().err
+    assert not (unjudged_root / "runs/small/judges").exists()
 
 
 def test_an_interval_covers_prompts_and_not_images() -> None:

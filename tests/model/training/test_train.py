@@ -60,7 +60,8 @@ def test_resumed_is_never_stopped(tmp_path):
 
 
 # Three processes have 2, 3 and 3 of eight images. Half-way runs begin with a checkpoint of a single process.
-@pytest.mark.parametrize(("world", "way", "half_way"), [(2, "ddp", False), (3, "ddp", True),
+@pytest.mark.parametrize(("world", "way", "half_way"), [(3, "ddp", True),
+                                                        pytest.param(2, "ddp", False, marks=pytest.mark.slow),
                                                         pytest.param(2, "fsdp", False, marks=pytest.mark.slow),
                                                         pytest.param(2, "fsdp", True, marks=pytest.mark.slow),
                                                         pytest.param(3, "fsdp", False, marks=pytest.mark.slow)])

@@ -192,6 +192,7 @@ def test_the_next_session_logs_the_validations_of_a_killed_one(tmp_path: Path, s
     assert len(list((folder / "files/media/images").glob("validation_*.png"))) == 2
 
 
+@pytest.mark.slow
 def test_steps_repeated_after_a_damaged_checkpoint_are_logged_once(tmp_path: Path, session: Any) -> None:
     assert session(0, 12, 1).wait(60) == 0
     time.sleep(1.1)
@@ -199,7 +200,8 @@ def test_steps_repeated_after_a_damaged_checkpoint_are_logged_once(tmp_path: Pat
     assert _steps(_sessions(tmp_path / "runs/small")) == [list(range(1, 13)), list(range(13, 21))]
 
 
-@pytest.mark.parametrize("killed", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True])
 def test_a_run_of_an_earlier_version_is_one_curve(tmp_path: Path, session: Any, killed: bool) -> None:
     run = tmp_path / "runs/small"
     first = session(0, 12, int(not killed))
