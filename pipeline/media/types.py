@@ -17,8 +17,8 @@ LONGEST = 100_000  # pixels of a side; more is no image, whatever its other side
 LONG_SIDE_MODES = {"keep_ratio_largest", "border"}  # ways of resizing in which the long side counts
 JPEG_MAGIC = b"\xff\xd8\xff"
 # HEIC and JPEG XL are among them also without the extra `formats`, so that they are counted.
-SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".jxl", ".png", ".ppm", ".tga",
-            ".tif", ".tiff", ".webp")
+SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jxl", ".pgm",
+            ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 
 
 class BadImage(ValueError):

@@ -201,7 +201,7 @@ def test_names_with_dots_keep_their_images_captions_and_json(tmp_path):
     assert notes(tmp_path / "1", source) == {("0.tar", "names_divided", True)}
 
 
-@pytest.mark.parametrize("suffix", ["img", "jfif", "jpe.jfif", "ppm", "tga", "jp2", "TIF"])
+@pytest.mark.parametrize("suffix", ["img", "jfif", "jpe.jfif", "ppm", "tga", "jp2", "TIF", "hif", "jpe", "pgm"])
 def test_all_suffixes_of_images_are_taken(suffix, tmp_path):
     write_tar(tmp_path / "tars" / "0.tar", [(f"a.{suffix}", PNG[0]), ("a.caption", b"of a")])
     assert rows_of(tmp_path / "0", tmp_path / "tars") == [("a", "of a", 0)]
