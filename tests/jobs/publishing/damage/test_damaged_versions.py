@@ -141,10 +141,12 @@ def test_the_hint_names_a_version_that_is_whole(third: Path, capsys: pytest.Capt
     assert published_dataset(root).version == "v1"
 
 
-def test_the_hint_is_a_rebuild_if_no_version_is_whole(third: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("suffix", ["tar", "parquet"])
+def test_the_hint_is_a_rebuild_if_no_version_is_whole(third: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+                                                      ) -> None:
     root = str(third / "root")
-    for tar in (_version(third, "v1") / "shards").glob("*.tar"):  # all three versions have it
-        tar.write_bytes(tar.read_bytes()[:-512])
+    for file in (_version(third, "v1") / "shards").glob(f"0*.{suffix}"):  # all three versions have it
+        file.write_bytes(file.read_bytes()[:-512])
     for verb in (["verify"], ["repair", NAME], ["gc", NAME], ["rollback", NAME], ["rollback", NAME, "--to", "v1"]):
         assert main([*verb, "--root", root]) == 1, verb
         assert f"\nhint: python -m jobs rebuild {NAME} --source SOURCE --root {root}\n" in capsys.readouterr().err, verb
