@@ -1,6 +1,7 @@
 """The history of a published dataset: each pointer that there was, in its own file.
 
-    <root>/published/<name>/000007.json    the seventh current.json
+    <root>/published/<name>/000007.json          the seventh current.json
+    <root>/published/<name>/moved-000007.json    a copy of it while `repair` gives it its place again
 
 Each entry has its number (`sequence`) in its content too. An entry in the place of another one counts as damaged.
 """
