@@ -198,11 +198,11 @@ def spoil(source: Path, how: str) -> None:
 
 @pytest.mark.parametrize(("how", "message"), [
     ("cut in a member", r"00001\.tar is cut off or damaged: in the middle of 00001000\d\.\w+; bytes 4096 to 5000 are "
-                        r"lost\nhint: shard it without --adopt"),
+                        r"lost; .*\nhint: shard it without --adopt"),
     ("cut between members", r"00001\.tar is cut off or damaged: between two members"),
     ("no tar", r"00001\.tar is cut off or damaged: where"),
     ("joined", r"00001\.tar continues with another tar after the end mark at byte \d+, and .*\nhint: shard it without"),
-    ("zeroed", r"00001\.tar is cut off or damaged: zeros from the middle of .*; bytes \d+ to \d+ are lost\n"),
+    ("zeroed", r"00001\.tar is cut off or damaged: zeros from the middle of .*; bytes \d+ to \d+ are lost; "),
     ("compressed", r"00001\.tar is compressed \(gzip\)"), ("apart", "members of a sample do not follow each other"),
     ("lies outside", r"1 members are not adopted, the first is \.\./x\.jpg: its path leads outside"),
     ("link", "neither file nor folder"), ("hidden", "a hidden file in a folder"),
