@@ -93,6 +93,17 @@ def _after_neighbors(stage: Stage) -> str:
     return f"train {name}_run --dataset {dataset}{other}{fewer}"
 
 
+def _after_latents(stage: Stage) -> str:
+    """Train with the neighbors that are there, or find them first."""
+    _, name, version, *_ = stage.path.split("/")
+    folder = storage.join(stage.root, "datasets", name, version)
+    databases = [label for label in storage.list_folders(storage.join(folder, "neighbors"))
+                 if storage.exists(storage.join(folder, "neighbors", label, "manifest.json"))]
+    if not databases:
+        return f"neighbors {_dataset(stage)}"
+    return f"train {name}_run --dataset {_dataset(stage)} --database {databases[0]} --latents"
+
+
 def _after_training(stage: Stage) -> str:
     """Sample from the database of the training, or from another one with the encoder of the run."""
     run = Run(stage.root, stage.path.split("/")[1])
@@ -118,7 +129,7 @@ _FOLLOWING: dict[str, Callable[[Stage], str]] = {
     "index": lambda stage: f"neighbors {_dataset(stage)}",
     "tombstones": lambda stage: "verify",
     "neighbors": _after_neighbors,
-    "latents": lambda stage: f"train {_dataset(stage).partition('@')[0]}_run --dataset {_dataset(stage)} --latents",
+    "latents": _after_latents,
     "train": _after_training,
     "convert": _after_training,
     "import": _after_training,

@@ -113,7 +113,8 @@ def test_verbs_print_no_control_characters_of_others(place: Path) -> None:
     following = {line: [*shlex.split(line), *([] if line.startswith(_WITHOUT_DRY_RUN) else ["--dry-run"])]
                  for said in shown.values() for line in re.findall(r"^next: python -m jobs (.*)$", said, re.MULTILINE)}
     assert len(following) > 9 and all(f" --root {root}" in line for line in following)
-    check_verbs([words for line, words in following.items() if SHOWN not in line], expected="0")
+    check_verbs([words for line, words in following.items() if SHOWN not in line and "samples/rows" not in line],
+                expected="0")  # a command above has removed these samples
     tried = {words[0] for words in [*_commands(place), *_refused(place)]}
     assert tried - {HOSTILE} == VERBS.keys()
     refused = check_verbs(_with_root(_refused(place), root))

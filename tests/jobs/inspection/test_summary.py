@@ -41,6 +41,12 @@ def test_the_program_accepts_the_next_command(name: str, trained_root: Path) -> 
     parse_command(words[3:])  # exits if a flag or a word is unknown
 
 
+def test_latents_are_trained_on_with_neighbors_that_exist(trained_root: Path) -> None:
+    assert _next_words("latents", "datasets/drawn/v1/latents", trained_root)[3:] == [
+        "train", "drawn_run", "--dataset", "drawn", "--database", "drawn", "--latents"]
+    assert _next_words("latents", "datasets/flat/v1/latents", trained_root)[3:] == ["neighbors", "flat"]
+
+
 def test_the_next_command_reads_only_existing_folders(trained_root: Path, tmp_path: Path) -> None:
     assert _next_words("sample", "runs/small/samples/x", trained_root)[3:] == ["evaluate", "small"]
     assert _next_words("train", "runs/small", trained_root)[-2:] == ["--database", "drawn"]
