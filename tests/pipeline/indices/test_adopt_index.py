@@ -156,7 +156,7 @@ def test_files_that_are_no_index_are_named(tmp_path, dataset, capsys):
         adopt(dataset, tmp_path / "words")
     arguments = ["index", "x", "--root", dataset.root, "--local", "--adopt", str(tmp_path / "nothing")]
     assert main(arguments) == 2 and "there is no file" in capsys.readouterr().err
-    assert main([*arguments, "--extend", "x@v2"]) == 2
+    assert main([*arguments[:-1], str(tmp_path / "words"), "--extend", "x@v2"]) == 2
     assert "--extend and --adopt: expected one of them" in capsys.readouterr().err
 
 
