@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jobs.cli.parse import parse_command
-from jobs.inspection.summary import _FOLLOWING, next_command, next_sample
+from jobs.inspection.summary import _FOLLOWING, next_command, next_sample, summarize_rebuild
 from jobs.telemetry import output
 from tests.laws.terminal import run_on_screen
 
@@ -97,3 +97,12 @@ def test_text_results_have_short_numbers_and_lines(monkeypatch: pytest.MonkeyPat
         "  encoder     " + ("that of every consumer " * 3).rstrip()]
     output.print_document({"recall": 1.0, "share": 0.0, "small": 0.00001234}, as_json=False)
     assert capsys.readouterr().out.split() == ["recall", "1", "share", "0", "small", "1.2e-05"]
+
+
+def test_a_rebuild_ends_with_counts_and_the_slowest_parts() -> None:
+    counts = {"kept": 0, "added": 1300, "changed": 0, "embedded": 1300}
+    result = {"dataset": "a", "published": "v1", "unchanged": True, **counts}
+    seconds = {"embed": 7.0, "imports": 3.1, "shard": 0.4, "source": 0.6, "index": 0.1, "publish": 0.0}
+    assert summarize_rebuild(result, seconds) == {
+        "dataset": "a", "published": "v1", "unchanged": True, "rows": "1,300 added, 1,300 embedded",
+        "seconds": "11.2: embed 7, imports 3.1, source 0.6, shard 0.4"}
