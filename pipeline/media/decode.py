@@ -170,6 +170,8 @@ def _decode_undamaged(data: bytes, max_pixels: int, at_least: int, how: Resize, 
     width, height = image.size
     _check_pixels(width, height, max_pixels)
     check_size(width, height, min_size, max_aspect)
+    if any(0 in table for table in getattr(image, "quantization", {}).values()):
+        raise BadImage("corrupt", "its quantization table has a zero")
     if here:
         decoder = image.tile[0][0] if getattr(image, "tile", None) else ""  # type: ignore[attr-defined]
         if width * height > isolation.MOST_PIXELS:

@@ -12,7 +12,8 @@ from pipeline.tables.cells import cell_text
 # In any case, without what is not a letter.
 _LICENSE_COLUMNS = ("licensespdx", "licencespdx", "spdx", "license", "licence", "licenseurl", "licenceurl",
                     "licensename", "licencename", "licensetitle", "licencetitle", "licenseshortname", "licenseid",
-                    "rightsandreproduction", "rights", "rightsstatement", "rightsurl", "usageterms", "usage",
+                    "licenses", "licences", "imagelicense", "imagelicence", "rightsandreproduction",
+                    "rights", "rightsstatement", "rightsurl", "usageterms", "usage",
                     "usageaccess", "copyright", "copyrightstatus", "objectrights", "accessrights")
 _PUBLIC_DOMAIN_COLUMNS = ("ispublicdomain", "ispublicdomainwork", "publicdomain")
 _TRUE, _FALSE = {"true", "1", "yes"}, {"false", "0", "no"}

@@ -150,8 +150,13 @@ def _no_image_column(names: list[str], address: str, layout: Layout) -> str:
     if layout.no_url:
         return f"{address} looks like {layout.name}: {layout.no_url}"
     if any("://" in name for name in names):
+        columns = [f"column{number}" for number in range(1, len(names) + 1)]
+        url = next(number for number, name in enumerate(names) if "://" in name)
+        columns[url] = "url"
+        if len(columns) > 1:
+            columns[0 if url else 1] = "caption"
         return (f"{address} has no header: the first line is {', '.join(names)[:200]}\n"
-                f"hint: --columns caption,url names the columns, in their order")
+                f"hint: --columns {','.join(columns)} names the columns, in their order")
     return (f"{address} has the columns {', '.join(names)}; wanted is one of {', '.join(URL_COLUMNS)}, or images as "
             f"bytes\nhint: --url-column, or --image-column for one with bytes")
 

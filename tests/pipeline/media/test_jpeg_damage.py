@@ -181,3 +181,10 @@ def test_the_process_for_suspicious_images_imports_nothing_from_the_working_fold
     run = subprocess.run([sys.executable, "-P", "-c", program], cwd=tmp_path, env={"PYTHONPATH": str(REPOSITORY)},
                          capture_output=True, text=True, check=False)
     assert run.returncode == 0 and "damaged" in run.stdout, run.stderr
+
+
+@pytest.mark.parametrize("zeros", [1, 64])
+def test_a_zero_in_a_quantization_table_is_damage(zeros: int) -> None:
+    data = JPEGS["standard tables"]
+    table = data.index(b"\xff\xdb") + 5
+    assert reason(data[:table] + bytes(zeros) + data[table + zeros:]) == "corrupt"

@@ -72,6 +72,7 @@ def test_licenses_are_recognized_in_any_spelling(text, spdx):
 
 @pytest.mark.parametrize(("columns", "spdx", "text"), [
     ({"License": f"https://{CC}/licenses/by/2.0/"}, "CC-BY-2.0", f"https://{CC}/licenses/by/2.0/"),
+    ({"image_license": "CC0"}, "CC0-1.0", "CC0"), ({"Licenses": "MIT"}, "MIT", "MIT"),
     ({"Rights and Reproduction": "CC0"}, "CC0-1.0", "CC0"), ({"rights": "CC BY 4.0"}, "CC-BY-4.0", "CC BY 4.0"),
     ({"license_url": f"http://{CC}/publicdomain/zero/1.0/", "license": "see the page"}, "CC0-1.0",
      f"http://{CC}/publicdomain/zero/1.0/"),

@@ -103,7 +103,9 @@ def test_columns_may_be_named(tmp_path, image_site):
     ("a.json", b'[{"url": "x"}, {"url":, "y"}]', "cannot be read .*Expecting value"),
     ("a.txt", b"Apache License\n", "has no URL in its first 1 lines"),
     ("a.txt", b"http://x/y.jpg\ta cat\n" * 3, "has tabs in its lines.*\nhint: --columns url,caption"),
-    ("a.csv", b"a cat,http://x/y.jpg\na dog,http://x/z.jpg\n", "has no header.*\nhint: --columns caption,url"),
+    ("a.csv", b"a cat,http://x/y.jpg\na dog,http://x/z.jpg\n", "has no header.*\nhint: --columns caption,url names"),
+    ("a.csv", b"http://x/y.jpg,a cat,3\nhttp://x/z.jpg,a dog,4\n",
+     "has no header.*\nhint: --columns url,caption,column3 names"),
     ("a.jsonl.gz", gzip.compress(b'{"url": "x"}\n' * 9000, mtime=0)[:50], "cannot be read after row"),
 ])
 def test_lists_that_cannot_be_read_are_refused(tmp_path, name, data, message):
