@@ -73,9 +73,9 @@ class Root:
         `encoder` is that of the database; it is needed if its weights are in a file. ValueError without a query.
         """
         from jobs.sampling.search import SearchQuery, search_databases
-        from pipeline.datasets.published import open_dataset
         from pipeline.embeddings.clip_weights import encoder_of
         from pipeline.embeddings.embed import dataset_encoder
+        from pipeline.releases.published import open_dataset
         dataset = open_dataset(self.address, database)
         query = SearchQuery(*(tuple(filter(None, [part])) for part in (words, image, like, minus)))
         return search_databases([dataset], query, encoder or encoder_of(dataset.label, dataset_encoder(dataset)), count)
@@ -120,7 +120,7 @@ class Root:
         the neighbors are missing.
         """
         from pipeline.batches.batches import Batches
-        from pipeline.datasets.published import open_dataset
+        from pipeline.releases.published import open_dataset
         return Batches(open_dataset(self.address, dataset), open_dataset(self.address, database or dataset), k=k,
                        global_batch=batch_size, seed=seed, size=image_size)
 

@@ -14,13 +14,13 @@ from jobs.runs.metrics import never_made_a_step
 from jobs.runs.run import Run
 from model.config import TrainConfig, identity
 from pipeline import storage
-from pipeline.datasets import published
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.embeddings.reachable import check_weights, vector_length
 from pipeline.media.types import LONG_SIDE_MODES, BadImage
+from pipeline.releases import published
 from pipeline.rows.rows import ReadReport, Row
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.detect import open_source

@@ -20,9 +20,9 @@ from model.config import TrainConfig
 from model.training.flops import count_parameters, training_bytes
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.published import Published
 from pipeline.embeddings.embed import Embed
 from pipeline.embeddings.reachable import vector_length
+from pipeline.releases.published import Published
 from pipeline.storage import DamagedFile
 
 

@@ -153,7 +153,7 @@ class ScoreOptions:
 
 
 def run_score(options: ScoreOptions) -> int:
-    from pipeline.datasets import published
+    from pipeline.releases import published
     from pipeline.scores.score import Score
     if not options.head:
         raise ValueError("score needs a head: expected --head NAME=HEAD, got none\n"
@@ -191,10 +191,10 @@ class IndexOptions:
 def run_index(options: IndexOptions) -> int:
     from jobs.telemetry.observe import run_observed
     from pipeline.datasets import dataset as datasets
-    from pipeline.datasets.hidden_rows import Tombstones
     from pipeline.indices.adopt import AdoptIndex
     from pipeline.indices.extend import Extension
     from pipeline.indices.index import Index, build_index
+    from pipeline.takedowns.hidden_rows import Tombstones
     dataset = datasets.Dataset.parse(options.common.root, options.dataset)
     chosen = [f"--{name}" for name in ("tombstone", "hide", "extend", "adopt") if getattr(options, name)]
     if chosen[:2] == ["--tombstone", "--hide"]:
@@ -241,8 +241,8 @@ class NeighborsOptions:
 
 
 def run_neighbors(options: NeighborsOptions) -> int:
-    from pipeline.datasets import published
     from pipeline.neighbors.neighbors import Neighbors
+    from pipeline.releases import published
     dataset = published.open_dataset(options.common.root, options.dataset)
     database = published.open_dataset(options.common.root, options.database or options.dataset)
     return seal_and_print(Neighbors(dataset, database, options.neighbors), options)
@@ -264,6 +264,6 @@ class LatentsOptions:
 
 def run_latents(options: LatentsOptions) -> int:
     from jobs.training.latents import Latents
-    from pipeline.datasets import published
+    from pipeline.releases import published
     dataset = published.open_dataset(options.common.root, options.dataset)
     return seal_and_print(Latents(dataset, options.latents), options)

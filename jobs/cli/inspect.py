@@ -54,8 +54,8 @@ class SearchOptions:
 
 def run_search(options: SearchOptions) -> int:
     from jobs.sampling.search import SearchQuery, matches_table, save_sheet, search_databases
-    from pipeline.datasets import published
     from pipeline.embeddings.clip_weights import ClipConfig
+    from pipeline.releases import published
     embed = options.embed
     query = SearchQuery((options.text,) if options.text else (), options.image, options.like, options.minus)
     databases = [published.open_dataset(options.common.root, name) for name in
@@ -152,14 +152,14 @@ def _find_removing(root: str, stages: list[dict[str, Any]]) -> set[str]:
 
 def _finish_removal(root: str, name: str) -> str:
     """The command that removes the rest of a dataset, or of its versions."""
-    from pipeline.datasets.published import Published
+    from pipeline.releases.published import Published
     return f"python -m jobs {f'rm {name} --published' if Published.load(root, name).is_removed else f'gc {name}'}"
 
 
 @storage.remember_reads()
 def run_verify(options: VerifyOptions) -> int:
     from jobs.inspection.status import read_status
-    from pipeline.datasets.signatures import parse_release_keys, read_release_keys
+    from pipeline.releases.signatures import parse_release_keys, read_release_keys
     from pipeline.versions import verify
     keys = parse_release_keys(options.key, "--key") if options.key else read_release_keys()
     root = storage.normalize(options.common.root)

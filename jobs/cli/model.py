@@ -76,8 +76,8 @@ def check_train(options: TrainOptions, *, here: bool = True, mention: bool = Tru
     from jobs.runs.run import Run
     from jobs.telemetry.trackers.trackers import check_choices
     from jobs.training.train_stage import Job
-    from pipeline.datasets import published
     from pipeline.datasets.dataset import Dataset
+    from pipeline.releases import published
     if here:
         check_choices(options.stage.tracker)
     run = Run.parse(options.common.root, options.run)
@@ -311,7 +311,7 @@ def run_convert(options: ConvertOptions) -> int:
     from jobs.runs.run import Run
     from jobs.training.convert import Convert
     from jobs.training.export import Import
-    from pipeline.datasets import published
+    from pipeline.releases import published
     from pipeline.stages.driver import run_stage
     root = options.common.root
     run = Run.parse(root, options.run)

@@ -8,7 +8,7 @@ import tyro
 from jobs.telemetry.output import DEFAULT_ROOT
 
 if TYPE_CHECKING:
-    from pipeline.datasets.signatures import ReleaseKeys
+    from pipeline.releases.signatures import ReleaseKeys
 
 Section = TypeVar("Section")
 Flat = Annotated[Section, tyro.conf.OmitArgPrefixes]
@@ -70,7 +70,7 @@ class SigningOptions:
 
     def keys(self) -> "ReleaseKeys":
         """The keys to publish with; ValueError if the private key cannot be used."""
-        from pipeline.datasets.signatures import publishing_keys
+        from pipeline.releases.signatures import publishing_keys
         return publishing_keys(self.sign, accept_unsigned=self.accept_unsigned, unsigned=self.unsigned)
 
 

@@ -167,7 +167,7 @@ class VersionsOptions:
 
 def run_versions(options: VersionsOptions) -> int:
     from jobs.publishing.releases import list_versions, versions_table
-    from pipeline.datasets.published import Published
+    from pipeline.releases.published import Published
     name = _dataset_name(options.common.root, options.dataset, f"versions {options.dataset.split('@')[0]}")
     versions = list_versions(options.common.root, name)
     output.print_answer(versions, lambda: versions_table(versions), as_json=options.json)

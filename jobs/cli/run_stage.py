@@ -64,8 +64,8 @@ def seal_and_print(stage: "Stage", options: Any, **how: Any) -> int:
 def check_unpublished(stage: "Stage", overwrite: bool) -> None:
     """ValueError if the stage would be written into a published version, which never changes, or a removed one."""
     from jobs.publishing.whole_versions import refuse_removed
-    from pipeline.datasets import published, release_files
     from pipeline.datasets.dataset import Dataset
+    from pipeline.releases import published, release_files
     parts = stage.path.split("/")
     if parts[0] == "datasets" and parts[3] in published.STAGES:
         dataset = Dataset(stage.root, parts[1], parts[2])

@@ -25,7 +25,7 @@ from jobs.cli.options import STOPPED, Words
 from jobs.cli.parse import parse_command
 from jobs.telemetry import heartbeat, output
 from pipeline import storage
-from pipeline.datasets.signatures import RELEASE_KEY, public_text, read_release_keys, refuse_key_text
+from pipeline.releases.signatures import RELEASE_KEY, public_text, read_release_keys, refuse_key_text
 
 _log = logging.getLogger(__name__)
 NEEDED = "RDM_NEEDS"  # names of the variables that the node of a job must have

@@ -11,14 +11,14 @@ from jobs.runs.newest_run import find_newest_run
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.pointer import read_pointer
-from pipeline.datasets.published import Published
 from pipeline.datasets.row_columns import list_scores
-from pipeline.datasets.signatures import ReleaseKeys
 from pipeline.embeddings.clip_weights import ClipConfig, encoder_of
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.formats.sizes import read_stored_size
 from pipeline.indices.config import SIZES, IndexConfig
+from pipeline.releases.published import Published
+from pipeline.releases.signatures import ReleaseKeys
 from pipeline.sources.config import ShardConfig
 
 _log = logging.getLogger(__name__)

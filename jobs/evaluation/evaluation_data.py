@@ -6,10 +6,10 @@ from jobs.evaluation.evaluate_stage import check_same_data
 from jobs.evaluation.held_out import held_out_captions
 from jobs.evaluation.judge_stage import StyleClassifierStage
 from jobs.runs.run import Run
-from pipeline.datasets import published
 from pipeline.datasets.dataset import Dataset, datasets
-from pipeline.datasets.signatures import read_release_keys
 from pipeline.embeddings.embed import dataset_encoder
+from pipeline.releases import published
+from pipeline.releases.signatures import read_release_keys
 
 
 def evaluation_data(run: Run, names: Sequence[str] = ()) -> tuple[Dataset, Dataset, list[Dataset]]:

@@ -17,15 +17,16 @@ from jobs.publishing.credits import credit_row
 from jobs.telemetry import tables
 from jobs.telemetry.units import format_bytes, format_count
 from pipeline import storage
-from pipeline.datasets import lookup, published
+from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.find_row import DatasetRow, find_row, ledger_entries, row_scores
-from pipeline.datasets.hidden_rows import read_hidden_rows
 from pipeline.datasets.metadata import metadata
-from pipeline.datasets.takedowns import read_forgotten_rows
 from pipeline.formats.arrays import map_array
 from pipeline.neighbors.files import neighbor_files
+from pipeline.releases import published
 from pipeline.rows.rows import json_cells
+from pipeline.takedowns.hidden_rows import read_hidden_rows
+from pipeline.takedowns.takedowns import read_forgotten_rows
 
 _log = logging.getLogger(__name__)
 _NEIGHBORS = 5

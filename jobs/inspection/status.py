@@ -13,9 +13,9 @@ from jobs.runs.run import Run
 from jobs.telemetry import progress_bar, tables
 from jobs.telemetry.units import format_bytes, format_count
 from pipeline import storage
-from pipeline.datasets import version_marks
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.names import is_name
+from pipeline.releases import version_marks
 from pipeline.stages import records
 from pipeline.stages.documents import NUMBER, check_more_items, check_plan, check_progress, check_sealed, check_shape
 from pipeline.stages.manifest import changed_inputs

@@ -10,9 +10,9 @@ from jobs.telemetry.units import format_bytes, format_count, format_duration, fo
 from model.config import TrainConfig
 from pipeline import storage
 from pipeline.datasets.dataset import datasets
-from pipeline.datasets.published import open_dataset
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.neighbors.files import why_recall_is_unknown
+from pipeline.releases.published import open_dataset
 from pipeline.stages.stage import Stage
 
 _FACTS = {"index": ("key", "recall_at_10"), "neighbors": ("k", "database"), "train": ("steps", "loss"),

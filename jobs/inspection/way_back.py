@@ -10,12 +10,13 @@ from jobs.publishing.whole_versions import (
     list_publications,
 )
 from pipeline import storage
-from pipeline.datasets import published, release_files, takedown_list
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.names import is_name
-from pipeline.datasets.published import Published
-from pipeline.datasets.signatures import ReleaseKeys
+from pipeline.releases import published, release_files
+from pipeline.releases.published import Published
+from pipeline.releases.signatures import ReleaseKeys
 from pipeline.storage import DamagedFile
+from pipeline.takedowns import takedown_list
 
 _OF_RUNS = {"samples": "sample", "judges": "evaluate", "evaluations": "evaluate"}
 

@@ -17,12 +17,13 @@ from jobs.publishing.whole_versions import (
     list_publications,
 )
 from pipeline import storage
-from pipeline.datasets import hidden_rows, published, release_files, takedown_list, takedowns
 from pipeline.datasets.dataset import Dataset, datasets
-from pipeline.datasets.history import list_copies, read_entry
-from pipeline.datasets.published import Published
-from pipeline.datasets.signatures import NO_KEYS, ReleaseKeys, read_release_keys
+from pipeline.releases import published, release_files
+from pipeline.releases.history import list_copies, read_entry
+from pipeline.releases.published import Published
+from pipeline.releases.signatures import NO_KEYS, ReleaseKeys, read_release_keys
 from pipeline.storage import DamagedFile
+from pipeline.takedowns import hidden_rows, takedown_list, takedowns
 
 _CONTROL_FILES = ("mark.json", "rebuild.json", "gates.json")
 """Files of a version that its release does not name."""

@@ -10,10 +10,10 @@ from jobs.telemetry import tables
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
-from pipeline.datasets.takedown_list import Forgotten, read_takedowns
 from pipeline.media.contact_sheet import contact_sheet
 from pipeline.rows.licenses import attribution_of, license_of
 from pipeline.stages.documents import NUMBER, check_shape
+from pipeline.takedowns.takedown_list import Forgotten, read_takedowns
 
 _CELL = 160
 _SAMPLES = {"pictures": [{

@@ -7,13 +7,13 @@ from typing import Any
 from jobs.publishing.consumers import find_consumers, find_samples_showing
 from jobs.publishing.whole_versions import find_replacement
 from pipeline import storage
-from pipeline.datasets import takedown_list, takedowns
 from pipeline.datasets.dataset import DEFAULT_VERSION, Dataset, datasets, refuse_unknown
 from pipeline.datasets.pointer import DamagedPointer
-from pipeline.datasets.published import Published
-from pipeline.datasets.takedown_list import Forgotten
 from pipeline.downloads.urls import clean_url, find_host
+from pipeline.releases.published import Published
 from pipeline.storage import DamagedFile
+from pipeline.takedowns import takedown_list, takedowns
+from pipeline.takedowns.takedown_list import Forgotten
 
 _log = logging.getLogger(__name__)
 

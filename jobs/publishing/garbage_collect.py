@@ -16,10 +16,10 @@ from jobs.publishing.whole_versions import find_fault, find_replacement, find_wa
 from jobs.telemetry import tables
 from jobs.telemetry.units import format_bytes
 from pipeline import storage
-from pipeline.datasets import published, version_marks
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.pointer import parse_pointer, read_pointer
-from pipeline.datasets.published import Published
+from pipeline.releases import published, version_marks
+from pipeline.releases.published import Published
 from pipeline.stages.documents import check_record
 from pipeline.stages.manifest import read_manifest
 from pipeline.stages.plan import read_items

@@ -18,18 +18,17 @@ from jobs.publishing.config import RebuildConfig
 from jobs.publishing.consumers import list_consumer_encoders
 from jobs.telemetry import logs
 from pipeline import storage
-from pipeline.datasets import published, release_files, takedown_list, takedowns, version_marks
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.hidden_rows import Tombstones
-from pipeline.datasets.published import Published
-from pipeline.datasets.release_files import find_missing_files
-from pipeline.datasets.signatures import ReleaseKeys, read_release_keys
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.extend import Drifted, Extension
 from pipeline.indices.index import Index, build_index
 from pipeline.indices.searcher import search_kind
+from pipeline.releases import published, release_files, version_marks
+from pipeline.releases.published import Published
+from pipeline.releases.release_files import find_missing_files
+from pipeline.releases.signatures import ReleaseKeys, read_release_keys
 from pipeline.scores.config import ScoreConfig
 from pipeline.scores.score import Score
 from pipeline.sources.config import ShardConfig
@@ -38,6 +37,8 @@ from pipeline.stages.plan import clear_folder
 from pipeline.stages.scratch import scratch_folder
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import StageFailed, count_row_failures
+from pipeline.takedowns import takedown_list, takedowns
+from pipeline.takedowns.hidden_rows import Tombstones
 from pipeline.versions import gates
 from pipeline.versions.compare_files import Compare
 from pipeline.versions.gates import Gate

@@ -18,10 +18,10 @@ from jobs.publishing.whole_versions import (
 from jobs.telemetry import tables
 from jobs.telemetry.units import format_time
 from pipeline import storage
-from pipeline.datasets import release_files
 from pipeline.datasets.dataset import Dataset, refuse_unknown
-from pipeline.datasets.published import Published
-from pipeline.datasets.signatures import ReleaseKeys
+from pipeline.releases import release_files
+from pipeline.releases.published import Published
+from pipeline.releases.signatures import ReleaseKeys
 from pipeline.stages.documents import check_shape
 from pipeline.stages.types import StageFailed
 from pipeline.storage import DamagedFile

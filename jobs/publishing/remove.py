@@ -22,10 +22,10 @@ from jobs.runs.run import Run
 from jobs.runs.targets import is_within, refuse_unknown_target, suggest
 from jobs.telemetry.units import format_count
 from pipeline import storage
-from pipeline.datasets import release_files, version_marks
 from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
-from pipeline.datasets.published import Published
-from pipeline.datasets.signatures import ReleaseKeys
+from pipeline.releases import release_files, version_marks
+from pipeline.releases.published import Published
+from pipeline.releases.signatures import ReleaseKeys
 from pipeline.stages.plan import empty_folder
 from pipeline.stages.types import StageFailed
 

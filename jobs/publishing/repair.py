@@ -15,15 +15,16 @@ from jobs.publishing.whole_versions import (
     find_way_back,
 )
 from pipeline import storage
-from pipeline.datasets import published, release_files, takedown_list, takedowns
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.history import entry_number, list_history, read_entry, restore_places
-from pipeline.datasets.last_seen import SIGNED, read_last_seen
 from pipeline.datasets.pointer import DamagedPointer, parse_pointer, read_pointer
-from pipeline.datasets.published import Published
-from pipeline.datasets.signatures import ReleaseKeys, read_release_keys
+from pipeline.releases import published, release_files
+from pipeline.releases.history import entry_number, list_history, read_entry, restore_places
+from pipeline.releases.last_seen import SIGNED, read_last_seen
+from pipeline.releases.published import Published
+from pipeline.releases.signatures import ReleaseKeys, read_release_keys
 from pipeline.stages.types import StageFailed
 from pipeline.storage import DamagedFile
+from pipeline.takedowns import takedown_list, takedowns
 
 _log = logging.getLogger(__name__)
 

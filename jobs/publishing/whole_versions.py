@@ -7,10 +7,10 @@ from typing import Any
 
 from jobs.publishing.consumers import find_consumers
 from pipeline import storage
-from pipeline.datasets import published, release_files, version_marks
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.published import Published
-from pipeline.datasets.release_files import find_missing_files
+from pipeline.releases import published, release_files, version_marks
+from pipeline.releases.published import Published
+from pipeline.releases.release_files import find_missing_files
 from pipeline.storage import DamagedFile
 
 _IN_EACH_RELEASE = ("shards", "embeddings", "index")  # gc removes their manifests first

@@ -17,11 +17,11 @@ from model.diffusion.samplers import Denoiser, check_sampler, initial_noise, sam
 from model.training.precision import compute_dtype
 from model.weights import checkpoint
 from model.weights.first_stage import FirstStage
-from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.clip_weights import ClipConfig, check_encoder
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.hardware import devices
+from pipeline.takedowns import hidden_rows
 
 
 class ImageGenerator:

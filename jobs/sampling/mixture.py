@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
-from pipeline.datasets import published
 from pipeline.datasets.dataset import Dataset
+from pipeline.releases import published
 
 _WEIGHT = re.compile(r"\d{1,9}(\.\d{1,9})?")
 

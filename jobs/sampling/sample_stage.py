@@ -28,7 +28,7 @@ from jobs.sampling.queries import Query, build_queries, prompt_flags, read_image
 from jobs.sampling.retrieval import RetrievedNeighbors, Retriever, SampledRow, p_d_identity
 from model.training.precision import compute_dtype
 from pipeline import storage
-from pipeline.datasets import lookup, published
+from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.lookup import Sample
 from pipeline.embeddings import clip
@@ -36,6 +36,7 @@ from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.hardware import devices
 from pipeline.media.contact_sheet import contact_sheet
 from pipeline.media.resize import decode_pixels
+from pipeline.releases import published
 from pipeline.stages.manifest import sealed_input
 from pipeline.stages.stage import Stage, fingerprint
 from pipeline.stages.types import Item, Output

@@ -25,9 +25,9 @@ from pipeline.batches.order import Order
 from pipeline.batches.prefetch import Prefetcher
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
-from pipeline.datasets.hidden_rows import read_hidden_rows
-from pipeline.datasets.takedowns import read_forgotten_rows
 from pipeline.neighbors.files import has_vectors, neighbor_files
+from pipeline.takedowns.hidden_rows import read_hidden_rows
+from pipeline.takedowns.takedowns import read_forgotten_rows
 
 OWN = {"image": "embeddings", "caption": "text_embeddings"}
 

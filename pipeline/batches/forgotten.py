@@ -3,7 +3,7 @@
 import numpy as np
 
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.takedowns import read_forgotten_rows
+from pipeline.takedowns.takedowns import read_forgotten_rows
 
 
 class ForgottenRows:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import storage
-from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.indices.config import LISTS
@@ -22,6 +21,7 @@ from pipeline.indices.faiss_door import (
     transform_before_lists,
     untyped_faiss,
 )
+from pipeline.takedowns import hidden_rows
 
 
 def count_misnumbered_rows(index: faiss.Index) -> int:

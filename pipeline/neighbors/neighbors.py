@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipeline import storage
-from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings, check_finite
 from pipeline.datasets.metadata import labels, perceptual_hashes
@@ -30,6 +29,7 @@ from pipeline.stages.stage import Stage
 from pipeline.stages.timers import Times
 from pipeline.stages.types import Item, Output
 from pipeline.storage import DamagedFile
+from pipeline.takedowns import hidden_rows
 
 _LAID = 64 << 20  # bytes of vectors that are laid out at a time
 _WRITTEN = 4096  # rows that are gathered and written at a time

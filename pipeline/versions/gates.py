@@ -10,18 +10,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.datasets import takedown_list
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.hidden_rows import read_hidden_rows
 from pipeline.datasets.metadata import labels, metadata
 from pipeline.datasets.row_columns import RowSelection
-from pipeline.datasets.takedown_list import Forgotten
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import BUNDLED_MODEL, ClipConfig
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.indices.searcher import Searcher
 from pipeline.rows.licenses import Licenses, license_columns, license_of
 from pipeline.shards.metadata import FORGOTTEN, SUCCESS
+from pipeline.takedowns import takedown_list
+from pipeline.takedowns.hidden_rows import read_hidden_rows
+from pipeline.takedowns.takedown_list import Forgotten
 from pipeline.versions.config import GatesConfig
 from pipeline.versions.listing import read_listing, read_metadata, succeeded_rows
 

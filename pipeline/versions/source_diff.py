@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.datasets.takedown_list import Forgotten
 from pipeline.rows.rows import ReadReport, Row, hashable_cells, parse_row, redact_cells, row_line
 from pipeline.shards.metadata import FORGOTTEN, SUCCESS
 from pipeline.shards.transform import old_source_name, source_name
@@ -23,6 +22,7 @@ from pipeline.sources.config import ShardConfig
 from pipeline.sources.detect import open_source
 from pipeline.sources.source import Source
 from pipeline.stages.scratch import scratch_folder
+from pipeline.takedowns.takedown_list import Forgotten
 from pipeline.versions.listing import LISTING_SCHEMA, UNKNOWN_STAMP, groups, wide
 
 _ROWS, _SOURCE = "rows.jsonl", "source.arrow"

@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.media import tars
 from pipeline.rows.rows import ReadReport, Row, read_rows, write_rows
@@ -21,6 +20,7 @@ from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.types import Entry, Item, Output, is_ledger
 from pipeline.storage import name_by_content
+from pipeline.takedowns import hidden_rows
 from pipeline.versions.listing import (
     DEAD,
     LISTING,

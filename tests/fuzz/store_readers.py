@@ -13,14 +13,15 @@ from jobs.inspection import prometheus, status, watch
 from jobs.publishing import check_published, releases
 from jobs.runs.run import Run
 from pipeline import storage
-from pipeline.datasets import release_files, takedown_list, takedowns, version_marks
 from pipeline.datasets.dataset import Dataset
+from pipeline.releases import release_files, version_marks
 from pipeline.stages import plan, records
 from pipeline.stages.manifest import read_manifest
 from pipeline.stages.progress import Tally
 from pipeline.stages.seal import read_records
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Claim, Item
+from pipeline.takedowns import takedown_list, takedowns
 
 _SHARDS = "datasets/x/v1/shards"
 _SHA256 = "0" * 64

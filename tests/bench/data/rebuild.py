@@ -22,11 +22,11 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for a checkout that was not installed
 
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.takedown_list import Forgotten
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import Item, Output
+from pipeline.takedowns.takedown_list import Forgotten
 from pipeline.versions.listing import LISTING, LISTING_SCHEMA, read_listing, wide, write_listing
 from pipeline.versions.source_diff import Hashes, SourceDiff
 from pipeline.versions.update_shards import Update

@@ -21,9 +21,9 @@ from jobs.runs.targets import target_path
 from jobs.training.export import BUNDLED, BUNDLED_RUN, import_run
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.hidden_rows import Tombstones
-from pipeline.datasets.takedowns import hide_rows
 from pipeline.stages.driver import run_stage
+from pipeline.takedowns.hidden_rows import Tombstones
+from pipeline.takedowns.takedowns import hide_rows
 from tests.pipeline import synthetic
 
 

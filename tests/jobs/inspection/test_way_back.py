@@ -7,7 +7,7 @@ import pytest
 from jobs.cli.main import main
 from jobs.inspection.way_back import find_command
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.signatures import NO_KEYS
+from pipeline.releases.signatures import NO_KEYS
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage

@@ -8,14 +8,15 @@ import numpy as np
 
 from jobs.publishing.config import RebuildConfig
 from jobs.publishing.rebuild import Rebuild, run_rebuild
-from pipeline.datasets import hidden_rows, published
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.indices.config import IndexConfig
+from pipeline.releases import published
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
+from pipeline.takedowns import hidden_rows
 from tests.pipeline import synthetic
 
 NAME = "drawn"

@@ -18,7 +18,7 @@ from jobs.publishing.config import GcConfig
 from jobs.publishing.garbage_collect import collect_garbage
 from jobs.publishing.rebuild import run_rebuild
 from pipeline import storage
-from pipeline.datasets.published import Published
+from pipeline.releases.published import Published
 from pipeline.stages.driver import run_stage
 from pipeline.storage import files
 from tests.jobs.publishing.published_art import NAME, make_rebuild, published_dataset, rebuild, vectors_by_content

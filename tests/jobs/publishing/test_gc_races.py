@@ -13,9 +13,9 @@ from jobs.publishing.garbage_collect import collect_garbage
 from jobs.publishing.rebuild import GatesFailed, run_rebuild
 from jobs.publishing.releases import list_versions, rollback
 from pipeline import storage
-from pipeline.datasets import version_marks
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.published import Published
+from pipeline.releases import version_marks
+from pipeline.releases.published import Published
 from pipeline.stages import seal as seal_module
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed

@@ -22,16 +22,18 @@ from jobs.publishing.rebuild import GatesFailed, run_rebuild
 from jobs.publishing.releases import list_versions, versions_table
 from jobs.report.report import write_report
 from pipeline import storage
-from pipeline.datasets import find_row, hidden_rows, published, release_files
+from pipeline.datasets import find_row
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
-from pipeline.datasets.published import Published
 from pipeline.downloads.config import DownloadConfig
 from pipeline.indices.searcher import Searcher
 from pipeline.media import tars
+from pipeline.releases import published, release_files
+from pipeline.releases.published import Published
 from pipeline.stages.driver import run_stage
 from pipeline.storage import files
+from pipeline.takedowns import hidden_rows
 from pipeline.versions.compare_files import Compare
 from pipeline.versions.config import GatesConfig
 from pipeline.versions.update_shards import Update

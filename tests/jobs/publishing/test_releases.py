@@ -17,12 +17,13 @@ from jobs.publishing.garbage_collect import collect_garbage
 from jobs.publishing.releases import list_versions
 from jobs.runs.run import Run
 from pipeline import storage
-from pipeline.datasets import hidden_rows, published
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
 from pipeline.embeddings.embed import dataset_encoder
+from pipeline.releases import published
 from pipeline.stages import records
+from pipeline.takedowns import hidden_rows
 from pipeline.versions.listing import read_listing
 from tests.jobs.publishing.published_art import NAME, paint, pictures, published_dataset, rebuild, vectors_by_content
 from tests.pipeline import synthetic

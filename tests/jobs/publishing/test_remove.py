@@ -12,8 +12,8 @@ import pytest
 
 from jobs.cli.main import main
 from pipeline import storage
-from pipeline.datasets.published import Published, open_dataset
-from pipeline.datasets.signatures import publishing_keys
+from pipeline.releases.published import Published, open_dataset
+from pipeline.releases.signatures import publishing_keys
 from tests.jobs.publishing.published_art import rebuild
 from tests.jobs.publishing.signing.key_files import openssl_key
 

@@ -14,9 +14,9 @@ from jobs.cli.run_stage import spare_ray
 from jobs.cluster.config import ClusterConfig
 from jobs.config.published_settings import choose_encoder
 from jobs.runs.newest_run import find_newest_run
-from pipeline.datasets import published
 from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder, encoder_of
 from pipeline.embeddings.config import EmbedConfig
+from pipeline.releases import published
 from tests.jobs.publishing.published_art import paint
 from tests.pipeline import synthetic
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.main import main
-from pipeline.datasets import hidden_rows, takedown_list
 from pipeline.datasets.metadata import metadata
 from pipeline.storage import DamagedFile
+from pipeline.takedowns import hidden_rows, takedown_list
 from tests.jobs.publishing.published_art import NAME, paint, pointer, published_dataset, rebuild
 
 

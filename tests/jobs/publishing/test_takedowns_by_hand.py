@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from jobs.cli.main import main
-from pipeline.datasets import hidden_rows, takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 from pipeline.storage import DamagedFile
+from pipeline.takedowns import hidden_rows, takedowns
 from tests.jobs.publishing.published_art import paint
 
 

@@ -202,10 +202,10 @@ def _search(root: str, name: str) -> int:
     """Open the published version, search in it, and read every image."""
     import torch  # noqa: F401
 
-    from pipeline.datasets import published
     from pipeline.datasets.embeddings import Embeddings
-    from pipeline.datasets.hidden_rows import read_hidden_rows
     from pipeline.indices.searcher import Searcher
+    from pipeline.releases import published
+    from pipeline.takedowns.hidden_rows import read_hidden_rows
     dataset = published.open_dataset(root, name)
     vectors = Embeddings(dataset).all()
     hidden = set(read_hidden_rows(dataset).tolist())

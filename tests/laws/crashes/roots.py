@@ -15,9 +15,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from pipeline import storage
-from pipeline.datasets import takedown_list
 from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
 from pipeline.storage import is_local
+from pipeline.takedowns import takedown_list
 from tests.laws.crashes.commands import Commands, Ended
 from tests.laws.crashes.states import describe_state, list_uploads
 from tests.model.weights import golden_first_stage

@@ -10,8 +10,8 @@ from typing import Any
 import fsspec
 
 from pipeline import storage
-from pipeline.datasets import takedown_list
 from pipeline.storage import is_local
+from pipeline.takedowns import takedown_list
 
 _RANDOM = re.compile(r"(?<![0-9a-f])[0-9a-f]{16}(?![0-9a-f])")  # a part of the names of leases and temporary files
 _TIMES = {"published", "checked", "at", "start_time", "end_time", "duration"}

@@ -9,13 +9,13 @@ from pipeline.batches.batches import Batches
 from pipeline.batches.forgotten import ForgottenRows
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
-from pipeline.datasets.hidden_rows import Tombstones
 from pipeline.datasets.metadata import metadata
-from pipeline.datasets.takedowns import hide_rows
 from pipeline.neighbors.config import NeighborsConfig
 from pipeline.neighbors.files import load_neighbors
 from pipeline.neighbors.neighbors import Neighbors
 from pipeline.stages.driver import run_stage
+from pipeline.takedowns.hidden_rows import Tombstones
+from pipeline.takedowns.takedowns import hide_rows
 
 
 @pytest.mark.parametrize("stored", [False, True])

@@ -7,7 +7,6 @@ import pytest
 
 from jobs.cli.main import main
 from pipeline import storage
-from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.indices.config import LISTS, IndexConfig
@@ -22,6 +21,7 @@ from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import changed_inputs
 from pipeline.stages.plan import clear_folder
 from pipeline.stages.types import StageFailed
+from pipeline.takedowns import hidden_rows
 from pipeline.versions import verify
 from tests.pipeline import synthetic
 

@@ -9,7 +9,6 @@ import pytest
 from jobs.cli.main import main
 from jobs.publishing.rebuild import GatesFailed
 from pipeline import storage
-from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.indices.config import IndexConfig
@@ -21,6 +20,7 @@ from pipeline.scores.config import ScoreConfig
 from pipeline.scores.score import Score
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
+from pipeline.takedowns import hidden_rows
 from pipeline.versions import verify
 from pipeline.versions.config import GatesConfig
 from tests.jobs.publishing.published_art import published_dataset, rebuild

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pytest
 
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.takedown_list import Forgotten
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
+from pipeline.takedowns.takedown_list import Forgotten
 from pipeline.versions import listing as listings
 from pipeline.versions import source_diff
 from pipeline.versions.listing import LISTING_SCHEMA, read_listing, wide

@@ -10,7 +10,7 @@ import pytest
 from jobs.cli.main import main
 from jobs.publishing.config import GcConfig
 from jobs.publishing.garbage_collect import collect_garbage
-from pipeline.datasets.published import Published
+from pipeline.releases.published import Published
 from tests.jobs.publishing.published_art import NAME, paint, published_dataset, rebuild
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.cli.main import main
 from jobs.publishing.releases import list_versions
-from pipeline.datasets.published import Published
+from pipeline.releases.published import Published
 from tests.jobs.publishing.published_art import NAME, paint, rebuild
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from jobs.cli.main import main
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.hidden_rows import read_hidden_rows
 from pipeline.datasets.metadata import metadata
 from pipeline.datasets.pointer import DamagedPointer
 from pipeline.storage import DamagedFile
+from pipeline.takedowns.hidden_rows import read_hidden_rows
 from tests.jobs.publishing.published_art import NAME, paint, published_dataset, rebuild
 
 _SHA256 = "c" * 64

@@ -11,12 +11,13 @@ from jobs.cli.main import main
 from jobs.publishing.rebuild import run_rebuild
 from jobs.publishing.repair import repair
 from pipeline import storage
-from pipeline.datasets import hidden_rows, published
 from pipeline.datasets.metadata import metadata
 from pipeline.datasets.pointer import DamagedPointer
-from pipeline.datasets.published import Published
+from pipeline.releases import published
+from pipeline.releases.published import Published
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
+from pipeline.takedowns import hidden_rows
 from tests.jobs.publishing.published_art import NAME, make_rebuild, paint, pointer, published_dataset, rebuild
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobs.publishing.rebuild import run_rebuild
-from pipeline.datasets.signatures import RELEASE_KEY
+from pipeline.releases.signatures import RELEASE_KEY
 from pipeline.stages.driver import run_stage
 from tests.jobs.publishing.published_art import paint
 from tests.jobs.publishing.signing.key_files import openssl_key

@@ -8,7 +8,7 @@ import pytest
 from jobs.publishing.check_published import check_published
 from jobs.publishing.rebuild import Rebuild
 from pipeline import storage
-from pipeline.datasets import signatures
+from pipeline.releases import signatures
 from tests.jobs.publishing.published_art import NAME, make_rebuild, pointer, published_dataset
 
 

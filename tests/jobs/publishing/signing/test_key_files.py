@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.main import main
-from pipeline.datasets import signatures
-from pipeline.datasets.signatures import RELEASE_KEY, ReleaseKeys
+from pipeline.releases import signatures
+from pipeline.releases.signatures import RELEASE_KEY, ReleaseKeys
 from tests.jobs.publishing.published_art import NAME
 from tests.jobs.publishing.signing.key_files import openssl_key, ssh_key
 

@@ -12,10 +12,11 @@ import pytest
 from jobs.cli.main import main
 from jobs.publishing.check_published import check_published
 from pipeline import storage
-from pipeline.datasets import hidden_rows, published, signatures
 from pipeline.datasets.pointer import DamagedPointer
-from pipeline.datasets.signatures import RELEASE_KEY
 from pipeline.embeddings.embed import dataset_encoder
+from pipeline.releases import published, signatures
+from pipeline.releases.signatures import RELEASE_KEY
+from pipeline.takedowns import hidden_rows
 from tests.jobs.publishing.published_art import NAME, pointer, published_dataset
 from tests.jobs.publishing.signing.signed_roots import forge, history, refuses
 

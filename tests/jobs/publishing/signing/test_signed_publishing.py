@@ -13,12 +13,13 @@ from jobs.publishing.releases import rollback
 from jobs.publishing.repair import repair
 from jobs.sampling.mixture import Mixture
 from pipeline import storage
-from pipeline.datasets import hidden_rows, signatures, version_marks
 from pipeline.datasets.pointer import DamagedPointer
-from pipeline.datasets.published import Published
-from pipeline.datasets.signatures import RELEASE_KEY
+from pipeline.releases import signatures, version_marks
+from pipeline.releases.published import Published
+from pipeline.releases.signatures import RELEASE_KEY
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
+from pipeline.takedowns import hidden_rows
 from tests.jobs.publishing.published_art import NAME, paint, pointer, published_dataset, rebuild
 from tests.jobs.publishing.signing.signed_roots import forge, history, refuses, signing_rebuild
 

@@ -18,9 +18,10 @@ from functools import cached_property
 from typing import Any
 
 from pipeline import storage
-from pipeline.datasets import version_marks
 from pipeline.datasets.dataset import RELEASED_STAGES, Dataset, refuse_unknown
-from pipeline.datasets.history import (
+from pipeline.datasets.pointer import DamagedPointer, parse_pointer, read_pointer
+from pipeline.releases import version_marks
+from pipeline.releases.history import (
     add_entry,
     entry_number,
     find_gaps,
@@ -31,22 +32,21 @@ from pipeline.datasets.history import (
     read_entry,
     read_entry_bytes,
 )
-from pipeline.datasets.last_seen import (
+from pipeline.releases.last_seen import (
     SIGNED,
     count_seen_takedowns,
     note_takedowns,
     read_last_seen,
     write_last_seen,
 )
-from pipeline.datasets.pointer import DamagedPointer, parse_pointer, read_pointer
-from pipeline.datasets.release_files import (
+from pipeline.releases.release_files import (
     find_changed_manifests,
     find_successor,
     has_release,
     read_release_bytes,
     release_url,
 )
-from pipeline.datasets.signatures import NO_KEYS, ReleaseKeys, read_release_keys
+from pipeline.releases.signatures import NO_KEYS, ReleaseKeys, read_release_keys
 from pipeline.stages.documents import check_release
 from pipeline.stages.types import StageFailed
 from pipeline.storage import DamagedFile

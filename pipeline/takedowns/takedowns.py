@@ -20,7 +20,8 @@ import numpy as np
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.datasets.metadata import metadata
-from pipeline.datasets.takedown_list import (
+from pipeline.storage import DamagedFile
+from pipeline.takedowns.takedown_list import (
     NAME,
     Forgotten,
     change_document,
@@ -29,7 +30,6 @@ from pipeline.datasets.takedown_list import (
     parse_list,
     read_document,
 )
-from pipeline.storage import DamagedFile
 
 _log = logging.getLogger(__name__)
 _SLOW: set[str] = set()  # files of versions of which the log has said that they make readers slow

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline import storage
-from pipeline.datasets.history import history_folder, history_url, list_copies, list_history, read_entry, restore_places
+from pipeline.releases.history import history_folder, history_url, list_copies, list_history, read_entry, restore_places
 
 
 class _Killed(BaseException):

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from jobs.publishing.forget import parse_takedown
-from pipeline.datasets.takedown_list import Forgotten
+from pipeline.takedowns.takedown_list import Forgotten
 from tests.pipeline.downloads.test_hosts import SPELLINGS
 
 

@@ -24,9 +24,9 @@ import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.datasets.dataset import datasets
-from pipeline.datasets.last_seen import count_seen_takedowns
 from pipeline.datasets.pointer import parse_pointer, read_pointer
 from pipeline.downloads.urls import find_host
+from pipeline.releases.last_seen import count_seen_takedowns
 from pipeline.stages.documents import check_shape
 from pipeline.storage import DamagedFile
 

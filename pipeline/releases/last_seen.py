@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from pipeline import storage
-from pipeline.datasets.history import hash_first
+from pipeline.releases.history import hash_first
 
 SIGNED, TAKEDOWNS = "signed", "takedowns"
 _log = logging.getLogger(__name__)

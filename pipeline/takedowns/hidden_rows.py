@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from pipeline import storage
-from pipeline.datasets import takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 from pipeline.datasets.row_columns import RowSelection
@@ -20,6 +19,7 @@ from pipeline.formats import arrays
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output
 from pipeline.storage import digest
+from pipeline.takedowns import takedowns
 
 
 class Tombstones(Stage):
