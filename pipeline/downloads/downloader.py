@@ -18,8 +18,9 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import ContentEncodingError, ContentLengthError, TransferEncodingError
 
 from pipeline.downloads.config import DownloadConfig
-from pipeline.downloads.host_gate import HostGate, Refusals, Refused, Visit
+from pipeline.downloads.host_gate import HostGate
 from pipeline.downloads.host_limits import HostLimits, ProcessLimits
+from pipeline.downloads.hosts import Refusals, Refused, Visit
 from pipeline.downloads.http_text import certificate_fault, phrase, retry_after, system_fault
 from pipeline.downloads.resolver import HostLookup, Retryable
 from pipeline.downloads.robots import RobotsTxt, robots_directives

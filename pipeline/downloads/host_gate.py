@@ -7,16 +7,14 @@ import itertools
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
 
 from pipeline.downloads.config import DownloadConfig
 from pipeline.downloads.host_limits import Answer, HostLimits, HostState, Report, ReportKind, Want
+from pipeline.downloads.hosts import Host, Refusals, Refused, Visit, Waiter
 from pipeline.downloads.urls import parse_host_rates
 from pipeline.media.types import BadImage
 
-_LATE_S = 0.05  # a slot that is later by this, or by its interval, is not used: late requests would come in a burst
 _REFUSALS = 4  # of one URL that is retried, pauses between them
 _DOUBTS = 8  # 403 in a row of a host that forbids single URLs, which are then no matter of these
 _DOUBT_S = 5.0  # such a host is given this time to answer another request
@@ -25,71 +23,6 @@ _ASK_AGAIN_S = 0.1  # until slots that were refused are requested again
 _AHEAD_S = 0.3  # request more slots when the rest lasts no longer
 _WANTED = 256  # slots in one request, at most
 _log = logging.getLogger(__name__)
-
-
-class Refused(BadImage):
-    """A refusal by the host, not by the URL."""
-
-    def __init__(self, status: int, phrase: str, retry_after: float) -> None:
-        super().__init__(f"http_{status}", phrase)
-        self.status, self.phrase, self.wait = status, phrase, retry_after
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.status, self.phrase, self.wait)
-
-
-class _Waiter(NamedTuple):
-    future: asyncio.Future[bool]
-    again: bool  # its URL was refused before
-
-
-class _Host:
-    """A host, its requests in flight and those that wait."""
-
-    def __init__(self, name: str, state: HostState | None, rate: float) -> None:
-        self.name, self.state, self.rate = name, state, rate
-        self.in_flight = 0
-        self.waiting: deque[_Waiter] = deque()
-        self.slots: deque[float] = deque()
-        self.interval = 0.0
-        self.wanted = self.blocked = False  # a request of slots, or the report of a refusal, is under way
-        self.departing = 0  # requests with a slot that wait for a connection
-        self.timer: asyncio.TimerHandle | None = None
-        self.second, self.sent, self.sent_before = 0, 0, 0
-        self.doubts: list[tuple[float, asyncio.Future[bool]]] = []  # 403 and the time when the request was sent
-        self.last_served = 0.0  # time when the latest request was sent that the host answered
-
-    def count_request(self, now: float) -> None:
-        second = int(now)
-        if second != self.second:
-            self.sent_before = self.sent if second == self.second + 1 else 0
-            self.second, self.sent = second, 0
-        self.sent += 1
-
-    def slot_at(self, now: float) -> float | None:
-        """The time of the next slot that is not too late."""
-        while self.slots and self.slots[0] < now - max(self.interval, _LATE_S):
-            self.slots.popleft()
-        return self.slots[0] if self.slots else None
-
-
-class Visit:
-    """A request that may be sent, or was."""
-
-    __slots__ = ("episode", "host", "limited", "sent")
-
-    def __init__(self, host: _Host, limited: bool) -> None:
-        self.host, self.limited, self.sent = host, limited, 0.0
-        self.episode = host.state.episode if host.state else 0
-
-
-class Refusals:
-    """The refusals of one URL."""
-
-    count = 0
-    doubted = False
-    first_sent = math.inf
-    """When the first request was sent that the host refused."""
 
 
 class HostGate:
@@ -102,9 +35,9 @@ class HostGate:
             shares.append(max(1, config.host_connections // limits.workers))
         self._most_in_flight = min(shares)
         self._rates = parse_host_rates(config.host_rate)
-        self._hosts: dict[str, _Host] = {}
+        self._hosts: dict[str, Host] = {}
         self._reports: list[Report] = []
-        self._wanting: dict[str, _Host] = {}
+        self._wanting: dict[str, Host] = {}
         self.waiting = 0
         self.on_wait: Callable[[], None] = lambda: None
 
@@ -216,7 +149,7 @@ class HostGate:
         if refusals.count > (_REFUSALS if self.config.retries else 0):
             raise final
 
-    async def _is_about_url(self, host: _Host, visit: Visit, refusals: Refusals, error: Refused) -> bool:
+    async def _is_about_url(self, host: Host, visit: Visit, refusals: Refusals, error: Refused) -> bool:
         """Whether a 403 is about its URL, for the host has answered a later request; False: it is retried."""
         verdict: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         doubt = visit.sent, verdict
@@ -236,7 +169,7 @@ class HostGate:
         finally:
             host.doubts.remove(doubt)
 
-    def _report_refusal(self, host: _Host, episode: int, error: Refused) -> None:
+    def _report_refusal(self, host: Host, episode: int, error: Refused) -> None:
         if host.blocked:
             return
         # Many hosts refuse everything from the first request on: that would be a line for each.
@@ -259,10 +192,10 @@ class HostGate:
         if host.waiting:
             self._pump(host)
 
-    def _host(self, name: str) -> _Host:
+    def _host(self, name: str) -> Host:
         host = self._hosts.get(name)
         if host is None:
-            self._hosts[name] = host = _Host(name, self.limits.known(name), next(
+            self._hosts[name] = host = Host(name, self.limits.known(name), next(
                 (rate for pattern, rate in self._rates if fnmatch.fnmatchcase(name, pattern)), 0.0))
         return host
 
@@ -271,10 +204,10 @@ class HostGate:
             visit.host.departing -= 1
             self._pump(visit.host)
 
-    def _is_limited(self, host: _Host) -> bool:
+    def _is_limited(self, host: Host) -> bool:
         return bool(host.rate) or (host.state is not None and (host.state.recovering or host.state.rate > 0))
 
-    def _ready_at(self, host: _Host, now: float) -> float:
+    def _ready_at(self, host: Host, now: float) -> float:
         """When a request may be sent; infinity if something must happen before."""
         if host.blocked or host.in_flight >= self._most_in_flight:
             return math.inf
@@ -288,13 +221,13 @@ class HostGate:
         # Slots of requests that wait for a connection would be used in a burst later.
         return math.inf if at is None or host.departing else at
 
-    def _want_slots(self, host: _Host) -> None:
+    def _want_slots(self, host: Host) -> None:
         if not host.wanted:
             self._wanting[host.name] = host
             host.wanted = True
             self._wake.set()
 
-    def _start(self, host: _Host) -> bool:
+    def _start(self, host: Host) -> bool:
         """Let a request pass. Returns whether it took a slot."""
         host.in_flight += 1
         if limited := self._is_limited(host):
@@ -304,11 +237,11 @@ class HostGate:
                 self._want_slots(host)
         return limited
 
-    async def _wait(self, host: _Host, again: bool) -> bool:
+    async def _wait(self, host: Host, again: bool) -> bool:
         if self._exchanging.done():
             self._exchanging.result()
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        host.waiting.append(_Waiter(future, again))
+        host.waiting.append(Waiter(future, again))
         self._pump(host)
         try:
             with self.parked():
@@ -318,7 +251,7 @@ class HostGate:
                 self.turn_back(Visit(host, future.result()))
             raise
 
-    def _pump(self, host: _Host) -> None:
+    def _pump(self, host: Host) -> None:
         """Let requests pass that may, and come back when the next one may."""
         if host.timer:
             host.timer.cancel()
@@ -334,7 +267,7 @@ class HostGate:
             if not waiter.future.done():
                 waiter.future.set_result(self._start(host))
 
-    def _next_waiter(self, host: _Host) -> _Waiter:
+    def _next_waiter(self, host: Host) -> Waiter:
         """The next request; while the host recovers, that which tells most.
 
         First a URL that it has not refused, then one that it has.
@@ -359,7 +292,7 @@ class HostGate:
             self._apply(await self.limits.exchange(reports, wants), reports, asking)
             await asyncio.sleep(self.limits.tick_s)
 
-    def _apply(self, answer: Answer, reports: list[Report], asking: dict[str, _Host]) -> None:
+    def _apply(self, answer: Answer, reports: list[Report], asking: dict[str, Host]) -> None:
         now = time.monotonic()
         touched = dict(asking)
         for name, state in answer.states.items():
@@ -394,11 +327,11 @@ class HostGate:
             if not waiter.future.done():
                 waiter.future.set_exception(error)
 
-    def _ask_again(self, host: _Host) -> None:
+    def _ask_again(self, host: Host) -> None:
         host.wanted = False
         self._pump(host)
 
-    def _fault(self, host: _Host, now: float) -> BadImage | None:
+    def _fault(self, host: Host, now: float) -> BadImage | None:
         """Why requests to a host are given up now."""
         state = host.state
         if state is None or state.until <= now or state.until - state.since <= self.config.host_patience:

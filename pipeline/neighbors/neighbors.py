@@ -136,8 +136,7 @@ class Neighbors(Stage):
                 files[f"{shard['shard']['id']}.vectors.npy"] = path = scratch / f"{shard['shard']['id']}.vectors.npy"
                 _write_vectors(path, database.embeddings, ids[part])
             start = part.stop
-        return Output(samples=len(queries), info=info, files=files,
-                      times=times.pop_seconds() | halved_batches())
+        return Output(samples=len(queries), info=info, files=files, times=times.pop_seconds() | halved_batches())
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         usage = self._usage(records)
