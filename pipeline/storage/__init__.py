@@ -21,6 +21,7 @@ from pipeline.storage.errors import (
     StorageError,
     denial_message,
     disk_full_message,
+    is_about_machine,
     refuse_special_file,
     verify_replaced,
 )
@@ -90,6 +91,7 @@ __all__ = [
     "forget_reads",
     "glob",
     "hold_lease",
+    "is_about_machine",
     "is_file",
     "is_file_name",
     "is_local",

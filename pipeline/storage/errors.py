@@ -13,6 +13,7 @@ from pipeline.storage.addresses import is_local, local_path
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EACCES, errno.EPERM}
+_OF_MACHINE = _FULL | {errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 _ODD = {errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENXIO}
 """Errors of a disk where something else stands in the place of a file or folder."""
 FILE, FOLDER = "a file", "a folder"
@@ -33,6 +34,12 @@ class NoAnswer(StorageError):
 
 class DamagedFile(ValueError):
     """A file below a root is missing, or is not what this program wrote there. Commands end with exit code 1."""
+
+
+def is_about_machine(error: BaseException) -> bool:
+    """Whether `error` tells of this machine, this user or the store, and nothing of the content of a file."""
+    return isinstance(error, StorageError | PermissionError | MemoryError) or (
+        isinstance(error, OSError) and error.errno in _OF_MACHINE)
 
 
 def disk_full_message(error: BaseException) -> str:

@@ -57,6 +57,8 @@ def find_faults(root: str, path: str, *, quick: bool = False) -> Iterator[dict[s
                 try:
                     yield from check(checked, path, record)
                 except Exception as error:  # hostile bytes make readers raise whatever they like
+                    if storage.is_about_machine(error):
+                        raise
                     said = (str(error).splitlines() or [""])[0]
                     yield _fault(path, record["id"], f"cannot be read: {type(error).__name__}: {said}")
     if manifest["stage"] == "train":
