@@ -352,7 +352,7 @@ def test_a_released_checkpoint_becomes_a_run_that_samples(root: Path, tmp_path: 
 @pytest.mark.parametrize("spoil, message", [
     (lambda path: path.write_bytes(path.read_bytes()[:5000]), "cannot be read as weights"),
     (lambda path: _write_checkpoint(path, UNetConfig(**{**SMALL.__dict__, "context_dim": 48})), "takes vectors of 48"),
-    (lambda path: path.unlink(), "there is no checkpoint")])
+    (lambda path: path.unlink(), "there is no file or folder")])
 def test_impossible_conversions_are_named_and_leave_nothing(root: Path, tmp_path: Path, spoil, message,
                                                             capsys ) -> None:
     file = _write_checkpoint(tmp_path / "model.ckpt")

@@ -70,7 +70,7 @@ def test_rows_are_good_failed_or_filtered(tmp_path, image_site, kind):
     assert Counter(line["reason"] for line in ledger(dataset, manifest) if not line["kept"]) == totals["skipped"]
     assert totals["skipped"] == {"not_a_picture": 1, "empty_file": 1, "corrupt": 1}
     share = 100 * totals["samples"] / (totals["samples"] + len(FAILED))
-    assert f"{int(10 * share) / 10}% good" in describe_progress(tallies[-1])
+    assert f"{share:.1f}% good" in describe_progress(tallies[-1])
     stats = [storage.read_json(storage.join(dataset.folder("shards"), f"{record['id']}_stats.json"))
              for record in manifest["items"]]
     assert sum(each["count"] for each in stats) == len(NAMES) - filtered

@@ -171,14 +171,17 @@ def test_a_record_has_losses_by_noise_level_and_machine_metrics(tmp_path):
 def test_waiting_for_data_is_logged(tmp_path):
     ready = toy_run.batches(8)
     _, records = _run(toy_run.config(steps=6, log_every=3), tmp_path / "fast")
-    step_s = records[-1]["seconds"] / 6
+    pause = max(0.3, records[-1]["seconds"])
+    assert records[-1]["data_wait"] < 0.5
 
     def slow(step):
-        time.sleep(max(0.3, 5 * step_s))
+        time.sleep(pause)
         return ready(step)
 
     _, records = _run(toy_run.config(steps=6, log_every=3), tmp_path / "slow", batch_at=slow)
-    assert records[-1]["data_wait"] > 0.5
+    first, last = records
+    waited = last["data_wait"] * (last["seconds"] - first["seconds"])
+    assert 2.5 * pause < waited < last["seconds"] - first["seconds"]
 
 
 def test_validation_sees_the_averaged_network_and_changes_nothing(tmp_path):

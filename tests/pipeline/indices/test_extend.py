@@ -113,7 +113,7 @@ def test_a_graph_index_is_extended_only_at_its_end(tmp_path, vectors):
     ids = Searcher(grown).search(vectors[900:1100], 1)[0][:, 0]
     assert (ids == np.arange(900, 1100)).mean() > 0.95
     shrunk = synthetic.vector_dataset(tmp_path, "x@v3", [vectors[500:900], vectors[900:1100]])
-    with pytest.raises(StageFailed, match="cannot remove rows or renumber them\nhint: "):
+    with pytest.raises(StageFailed, match=r"cannot remove rows or renumber them; .*\nhint: "):
         run_stage(Extension(shrunk, base, IndexConfig()))
 
 

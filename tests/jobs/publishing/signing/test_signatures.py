@@ -100,7 +100,7 @@ def test_repair_does_not_sign_an_older_publication_after_the_newer_was_seen(
     pointer(signed).write_bytes(older)
     for verb in (["neighbors", NAME, "--local"], ["verify", "--quick"]):
         assert main([*verb, "--root", root]) == 1
-        assert re.search(rf"hint: python -m jobs repair .*{NAME}.* --sign KEYFILE\n", capsys.readouterr().err), verb
+        assert re.search(rf"hint: python -m jobs repair {NAME} --sign KEYFILE --root", capsys.readouterr().err), verb
     repairing = ["repair", NAME, "--root", root, "--sign", str(keys / "publisher.pem")]
     for more in (["--dry-run"], []):
         assert main([*repairing, *more]) == 1
