@@ -62,19 +62,34 @@ def seal_and_print(stage: "Stage", options: Any, **how: Any) -> int:
 
 
 def check_unpublished(stage: "Stage", overwrite: bool) -> None:
-    """ValueError if the stage would be written into a published version, which never changes, or a removed one."""
-    from jobs.publishing.whole_versions import refuse_removed
+    """ValueError if the stage would be written into a published version, which never changes, or a removed one.
+
+    DamagedFile if a published version has lost the stage: made again, it would have another hash than the release says.
+    """
+    from jobs.publishing.whole_versions import find_replacement, is_signed, refuse_removed
     from pipeline.datasets.dataset import Dataset
     from pipeline.releases import published, release_files
     parts = stage.path.split("/")
-    if parts[0] == "datasets" and parts[3] in published.STAGES:
-        dataset = Dataset(stage.root, parts[1], parts[2])
-        refuse_removed(dataset, parts[3])
-        sealed = dataset.is_sealed(parts[3])
-        if (overwrite or (parts[3] == "tombstones" and not sealed)) and release_files.read_release(dataset)[0]:
-            raise ValueError(f"{dataset.name}@{dataset.version} was published, and a published version never changes\n"
-                             f"hint: python -m jobs rebuild {dataset.name} --source SOURCE, or name a new version: "
-                             f"{dataset.name}@{dataset.next_version().version}")
+    if parts[0] != "datasets" or parts[3] not in published.STAGES:
+        return
+    dataset, stage_name = Dataset(stage.root, parts[1], parts[2]), parts[3]
+    refuse_removed(dataset, stage_name)
+    release, sealed = release_files.read_release(dataset)[0], dataset.is_sealed(stage_name)
+    if release is None or (sealed and not overwrite):
+        return
+    current = published.Published.load(dataset.root, dataset.name)
+    if not sealed and stage_name in release["manifests"]:
+        raise storage.DamagedFile(f"{dataset.name}@{dataset.version} was published, and the manifest of its "
+                                  f"{stage_name} is lost: made again, it would be another\n"
+                                  f"hint: {find_replacement(current, dataset.version)}")
+    if overwrite or stage_name == "tombstones":
+        raise ValueError(f"{dataset.name}@{dataset.version} was published, and a published version never changes\n"
+                         f"hint: python -m jobs rebuild {dataset.name} --source SOURCE, or name a new version: "
+                         f"{dataset.name}@{dataset.next_version().version}")
+    if is_signed(current, dataset.version):
+        raise ValueError(f"{dataset.name}@{dataset.version} is signed, and its signature does not cover {stage_name}: "
+                         f"readers with the key would refuse it\n"
+                         f"hint: python -m jobs rebuild {dataset.name} --source SOURCE --embed-captions --sign KEYFILE")
 
 
 def print_forecast(stage: "Stage", options: Any, cluster: ClusterConfig | None = None, *,

@@ -70,6 +70,8 @@ def plan_ways(judging: StyleClassifierStage, mixed: Dataset, step: int, encoder:
         raise ValueError(f"evaluate.ways = {wrong[0]!r}: must be some of {', '.join(summary.NAMES)}")
     check_sample_config(judging.run, step or judging.run.latest_step(), how)
     check_same_encoder(judging.run, encoder, [mixed, *judging.databases])
+    for database in (mixed, *judging.databases):
+        search_inputs(database)  # refuses a database that lacks takedown requests, as each search does
     prompts = prompts or held_out_captions(judging.dataset, judging.databases)[:config.prompts]
     if not prompts:
         raise ValueError("the databases have no subject that training has not seen\n"

@@ -19,6 +19,7 @@ from pipeline.media import tars
 from pipeline.media.resize import decode_pixels
 from pipeline.stages.stage import Stage, fingerprint
 from pipeline.stages.types import Item, Output
+from pipeline.takedowns import hidden_rows
 
 _BLOCK, _ASKED = 1 << 16, 512  # training vectors that are compared at a time, and vectors with them
 
@@ -67,6 +68,8 @@ class StyleClassifierStage(Stage):
         for database in self.databases:
             inputs[f"shards of {database.label}"] = database.identity("shards")
             inputs[f"embeddings of {database.label}"] = database.identity("embeddings")
+            inputs |= {f"{name} of {database.label}": hidden
+                       for name, hidden in hidden_rows.hidden_row_inputs(database).items()}
         return inputs
 
     def plan(self) -> list[Item]:
@@ -77,12 +80,13 @@ class StyleClassifierStage(Stage):
         size, unseen = self.run.image_size, frozenset(held_out_captions(self.dataset, self.databases))
         pictures, vectors, labels, away = [], [], [], []
         for number, database in enumerate(self.databases):
-            pictures.append(load_images(database, size))
-            vectors.append(Embeddings(database).all().astype(np.float32))
-            labels.append(np.full(len(pictures[-1]), number))
+            images = load_images(database, size)
+            rows = np.setdiff1d(np.arange(len(images)), hidden_rows.read_hidden_rows(database))
+            pictures.append(images[rows])
+            vectors.append(Embeddings(database).all()[rows].astype(np.float32))
+            labels.append(np.full(len(rows), number))
             # Without held-out subjects a tenth of what is there has to do.
-            rows = rows_with_captions(database, unseen) if unseen else np.arange(0, len(pictures[-1]), 10)
-            away.append(np.isin(np.arange(len(pictures[-1])), rows))
+            away.append(np.isin(rows, rows_with_captions(database, unseen) if unseen else rows[::10]))
         x, v, y, out = map(np.concatenate, (pictures, vectors, labels, away))
         for number, database in enumerate(self.databases):
             if not (out & (y == number)).any() or not (~out & (y == number)).any():

@@ -261,9 +261,11 @@ def _clear_mark(dataset: Dataset) -> None:
 def _is_being_published(current: Published, dataset: Dataset, mark: bytes | None, now: float) -> bool:
     """Whether a command marked a version to publish it, and has not done so yet."""
     sequence = version_marks.publishing_sequence(mark)
-    if sequence is None or any(document["version"] == dataset.version and document["sequence"] >= sequence
-                               for document in current.history()):
+    sequences = [document["sequence"] for document in current.history() if document["version"] == dataset.version]
+    if sequence is None or any(number >= sequence for number in sequences):
         return False
+    if not sequences and published.version_number(dataset.version) < current.number:
+        return False  # a rebuild does not publish a version that is older than the published one
     return now - version_marks.mark_time(dataset) < _PUBLISHING_S
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from jobs.publishing.config import RebuildConfig
 from jobs.publishing.consumers import list_consumer_encoders
+from jobs.publishing.whole_versions import find_release_fault
 from jobs.telemetry import logs
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
@@ -108,6 +109,8 @@ class Rebuild:
         fault = ""
         try:
             base = before.open()
+            for stage_name in published.STAGES:
+                base.is_sealed(stage_name)  # refuses a stage that somebody added to a signed version
             read = self.config.full or self.config.thorough
             if missing := find_missing_files(base, dict(base.trusted), read=read):
                 fault = f"{len(missing)} files are missing or changed, the first is {missing[0]}"
@@ -144,10 +147,17 @@ class Rebuild:
                  "from": self.before.version or None}
         data = storage.json_bytes(claim)
         past = {document["version"] for document in Published.load(self.root, self.name, self.keys).history()}
+        broken = set()
         for version in reversed(self.before.versions()):
             if published.version_number(version) <= self.before.number or self._is_gone(version):
                 continue
             earlier = self._claimed(version)
+            if earlier == claim and version not in past and (
+                    fault := find_release_fault(Dataset(self.root, self.name, version))):
+                _log.warning("rebuild: %s@%s is unpublished and damaged (%s): this command makes another version",
+                             self.name, version, fault)
+                broken.add(version)
+                continue
             # A version that was rolled back stays so, unless the published one needs a replacement.
             if earlier == claim or (earlier and version in past and earlier["source"] == source and self._base):
                 return Dataset(self.root, self.name, version), version in past
@@ -156,8 +166,8 @@ class Rebuild:
             number += 1
             version = f"v{number}"
             # If two rebuilds begin at the same time, the second one finds the claim of the first.
-            if not self._taken(version) and (storage.create_bytes(data, self._address(version))
-                                             or self._claimed(version) == claim):
+            if version not in broken and not self._taken(version) and (
+                    storage.create_bytes(data, self._address(version)) or self._claimed(version) == claim):
                 return Dataset(self.root, self.name, version), False
 
     def _taken(self, version: str) -> bool:

@@ -73,6 +73,21 @@ def find_fault(current: Published, document: Mapping[str, Any]) -> str:
     return f"{len(missing)} files are missing or changed, the first is {missing[0]}" if missing else ""
 
 
+def find_release_fault(dataset: Dataset) -> str:
+    """A fault of a version that may never have been published, by its release; "" if it has none or is whole."""
+    try:
+        release, _ = release_files.read_release(dataset)
+        missing = find_missing_files(dataset, release["manifests"]) if release else []
+    except DamagedFile as error:
+        return str(error).splitlines()[0]
+    return f"{len(missing)} files are missing or changed, the first is {missing[0]}" if missing else ""
+
+
+def is_signed(current: Published, version: str) -> bool:
+    """Whether a publication of a version has a signature, by whatever key."""
+    return any(document["version"] == version and "signature" in document for document in current.history())
+
+
 def find_false_facts(current: Published, document: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a release with which its publication does not agree; {} if that is not the published release."""
     try:

@@ -14,10 +14,15 @@ MOST_FRAMES = 10_000
 """The frames of a GIF are counted up to this number."""
 _FEW_SCANS = 64
 _FEW_SEGMENTS = 2000
+_FEW_CHUNKS = 10_000
+_LARGE_GIF = 1 << 20  # bytes; Pillow reads blocks of 1 to 255 bytes, each in Python
 _PNG, _ICO = b"\x89PNG\r\n\x1a\n", b"\0\0\1\0"
 # Pillow decodes an icon when it opens it. It reads the content of all tags of a TIFF. Before version 13 each tag may
 # refer to the whole file.
-_COSTLY_TO_OPEN = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+", _ICO)
+# It reads comments of a PPM and boxes of a JPEG 2000 and AVIF one by one. None of these formats is plain.
+_COSTLY_TO_OPEN = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+", _ICO,
+                   b"\0\0\0\x0c", b"\xffO\xffQ")
+_PPM = re.compile(rb"P[0-9Ffy]\s")
 _JXL_CODESTREAM, _JXL_CONTAINER = b"\xff\n", b"\0\0\0\x0cJXL \r\n\x87\n"
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 _HEIF_SIZE = re.compile(rb"ispe\0{4}(.{8})", re.DOTALL)
@@ -39,7 +44,9 @@ def is_suspicious(data: bytes) -> bool:
                 raise BadImage("too_many_scans", f"more than {MOST_SCANS}")
             return True
         return len(data) > isolation.MOST_BYTES or _has_many_segments(data)
-    return len(data) > isolation.MOST_BYTES or data[:4] in _COSTLY_TO_OPEN or bool(extra_format(data))
+    return (len(data) > isolation.MOST_BYTES or data[:4] in _COSTLY_TO_OPEN or data[4:8] == b"ftyp"
+            or bool(_PPM.match(data)) or (data[:4] == b"GIF8" and len(data) > _LARGE_GIF)
+            or (data[:8] == _PNG and _has_many_chunks(data)) or bool(extra_format(data)))
 
 
 def extra_format(data: bytes) -> str:
@@ -177,6 +184,18 @@ def _has_one_scan(data: bytes) -> bool:
     except (struct.error, IndexError):
         pass
     return False
+
+
+def _has_many_chunks(data: bytes) -> bool:
+    """Whether a PNG has very many chunks. Pillow reads each of them, also after the pixels."""
+    if len(data) < 12 * _FEW_CHUNKS:  # bytes of that many empty ones
+        return False
+    at = len(_PNG)
+    for _ in range(_FEW_CHUNKS):
+        if at >= len(data):
+            return False
+        at += 12 + int.from_bytes(data[at:at + 4], "big")
+    return True
 
 
 def _has_many_segments(data: bytes) -> bool:

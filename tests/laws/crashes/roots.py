@@ -26,7 +26,7 @@ from tests.pipeline import synthetic
 NAME, MADE_BY_HAND = "art", "plain"
 REMOVE_PUBLISHED = "rm-published"
 FIRST_STAGE = "first-stage"
-FORGOTTEN = "flat/000001.png"
+FORGOTTEN = "flat/brown-ring.png"
 _SETTINGS = ("--image-size", "32", "--format", "png", "--samples-per-shard", "4")
 _DOCUMENTED = {0, 1, 2}
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}|probe-[0-9a-f]{16}")
@@ -230,8 +230,9 @@ def check_published(place: Place, *, unfinished: str = "") -> None:
         return  # the pointer is not repaired yet, and readers say so
     assert searched.code == 0, searched
     verified = place.commands.run(place.folder, place.root, ("verify", "--only", f"datasets/{NAME}"))
-    assert verified.code == 0 or (unfinished == "forget" and "images of the takedown list" in verified.output and
-                                  verified.output.count("datasets/") == 1), verified
+    faults = [line for line in verified.output.splitlines() if line.startswith("datasets/")]
+    assert verified.code == 0 or (unfinished == "forget" and faults and all(
+        "images of the takedown list" in fault for fault in faults)), verified
     place.known.add(check)
 
 

@@ -29,6 +29,13 @@ def test_all_verbs_are_known() -> None:
     assert verbs | _READERS | _BY_THE_SAME_DRIVER == {*parse.VERBS}
 
 
+def test_forget_hides_an_image_of_each_version(template: Place, tmp_path: Path) -> None:
+    """Otherwise the laws of `forget` say nothing."""
+    place = prepare_place(template, tmp_path / "place", "forget")
+    forgotten = place.run(place.arguments("forget"))
+    assert forgotten.output.count("1 images, hidden from searches") == 3, forgotten
+
+
 def kill_at(template: Place, folder: Path, verb: str, number: int, bucket: str = "") -> bool:
     """Kill a verb before one of its writes and check the laws; False if it ended before that write."""
     place = prepare_place(template, folder, verb, bucket)

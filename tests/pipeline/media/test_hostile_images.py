@@ -256,3 +256,19 @@ def test_hostile_images_in_adopted_tars_are_rows_of_zeros(tmp_path, giant):
     assert manifest["totals"]["noted"] == {"undecodable": 2}
     assert Embeddings(dataset).all().any(1).tolist() == [True, False, False, True]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (1000 << 10)  # the encoder
+
+
+def test_images_of_very_many_parts_are_not_read_in_this_process() -> None:
+    """Pillow reads each of them in Python: millions take minutes, and a gigabyte for a GIF."""
+    image = Image.new("P", (32, 32))
+    gif, ppm, jpeg_2000, avif, flat = (encoded(image.convert(mode), kind) for mode, kind in (
+        ("P", "GIF"), ("RGB", "PPM"), ("RGB", "JPEG2000"), ("RGB", "AVIF"), ("RGB", "PNG")))
+    block, chunk = gif.index(b"\x2c"), flat.index(b"IDAT") - 4
+    text = struct.pack(">I", 1) + b"tEXta" + struct.pack(">I", zlib.crc32(b"tEXta"))
+    hostile = [gif[:block] + b"\x21\xfe\x01a\0" * 300_000 + gif[block:], ppm.replace(b"P6\n", b"P6\n" + b"#a\n" * 9),
+               jpeg_2000, avif, flat[:chunk] + text * 20_000 + flat[chunk:], flat[:-12] + text * 20_000 + flat[-12:]]
+    assert all(map(image_headers.is_suspicious, hostile))
+    assert not image_headers.is_suspicious(gif) and not image_headers.is_suspicious(flat)
+    assert not image_headers.is_suspicious(encoded(noise(700, 700, 1), "PNG"))
+    for data in hostile:
+        assert decode(data, 10_000).image.size == (32, 32)

@@ -11,14 +11,16 @@ import pytest
 
 from jobs.cli.main import main
 from jobs.publishing.check_published import check_published
+from jobs.publishing.rebuild import run_rebuild
 from pipeline import storage
 from pipeline.datasets.pointer import DamagedPointer
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.releases import published, signatures
 from pipeline.releases.signatures import RELEASE_KEY
+from pipeline.stages.driver import run_stage
 from pipeline.takedowns import hidden_rows
 from tests.jobs.publishing.published_art import NAME, pointer, published_dataset
-from tests.jobs.publishing.signing.signed_roots import forge, history, refuses
+from tests.jobs.publishing.signing.signed_roots import forge, history, refuses, signing_rebuild
 
 
 def test_a_signed_version_is_read_and_verified(signed: Path, keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,3 +189,20 @@ def test_a_named_version_needs_a_signed_publication(signed: Path) -> None:
             published.open_dataset(root, text, pinned)
     with pytest.raises(ValueError, match="drawn@v7 was never published, and RDM_RELEASE_KEY"):
         published.open_dataset(root, f"{NAME}@v7")
+
+
+def test_a_stage_is_not_added_to_a_signed_version(signed: Path, keys: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    root = signed / "root"
+    monkeypatch.delenv(RELEASE_KEY)  # also where no reader checks signatures
+    assert main(["embed", f"{NAME}@v2", "--captions", "--local", "--root", str(root)]) == 2
+    assert "--embed-captions --sign KEYFILE" in capsys.readouterr().err
+    assert not (root / f"datasets/{NAME}/v2/text_embeddings").exists()
+
+
+@pytest.mark.parametrize("stage", ["tombstones", "text_embeddings"])
+def test_a_rebuild_replaces_a_signed_version_with_an_added_stage(signed: Path, keys: Path, stage: str) -> None:
+    folder = Path(published_dataset(signed / "root").folder("embeddings"))
+    shutil.copytree(folder, folder.parent / stage)
+    assert run_rebuild(signing_rebuild(signed, keys / "publisher.pem"), run_stage)["published"] == "v3"
+    assert published_dataset(signed / "root").version == "v3"
