@@ -79,9 +79,9 @@ def check_unpublished(stage: "Stage", overwrite: bool) -> None:
         return
     current = published.Published.load(dataset.root, dataset.name)
     if not sealed and stage_name in release["manifests"]:
+        command = find_replacement(current, dataset.version)
         raise storage.DamagedFile(f"{dataset.name}@{dataset.version} was published, and the manifest of its "
-                                  f"{stage_name} is lost: made again, it would be another\n"
-                                  f"hint: {find_replacement(current, dataset.version)}")
+                                  f"{stage_name} is lost: made again, it would be another\nhint: {command}")
     if overwrite or stage_name == "tombstones":
         raise ValueError(f"{dataset.name}@{dataset.version} was published, and a published version never changes\n"
                          f"hint: python -m jobs rebuild {dataset.name} --source SOURCE, or name a new version: "
