@@ -179,3 +179,12 @@ def test_an_interval_covers_prompts_and_not_images() -> None:
     narrow = summary.interval(rng.integers(2, size=(100, 50)).astype(float))
     assert 0.15 < wide["high"] - wide["low"] < 0.25
     assert narrow["high"] - narrow["low"] < 0.05
+
+
+def test_a_lost_takedown_list_is_refused_before_judges_are_trained(
+        unjudged_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["forget", "--url", "http://example.org/a.png", "--root", str(unjudged_root)]) == 0
+    (unjudged_root / "forgotten.json").unlink()
+    assert _evaluate(unjudged_root) == 1
+    assert "forgotten.json is missing or was replaced" in capsys.readouterr().err
+    assert not (unjudged_root / "runs/small/judges").exists()
