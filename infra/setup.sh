@@ -132,6 +132,7 @@ if [ -n "$unusable" ]; then
 fi
 
 rm -f "$done_file"
+say "installing the packages of requirements.lock, which takes a minute or more"
 state=$(cat requirements.lock pyproject.toml | cksum)
 pip="$venv/bin/python -m pip install --quiet --disable-pip-version-check"
 # The lock is complete, so nothing is resolved (--no-deps); resolving would stop at autofaiss, whose bounds are outdated.
@@ -145,3 +146,4 @@ if ! { $pip --no-deps "$(sed -n 's/^\(uv==[^ ]*\).*/\1/p' requirements.lock)" &&
 fi
 $pip --no-deps --no-build-isolation --editable .
 printf '%s\n%s\n' "$state" "$here" >"$done_file"
+say "done; next: . $venv/bin/activate, then rdm --help"

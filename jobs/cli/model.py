@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from jobs.cli.options import STOPPED, CommonOptions, Flat, ResultAsJson, RunName, StageOptions, Unflagged, Words
+from jobs.cli.options import (
+    STOPPED,
+    CommonOptions,
+    Flat,
+    ResultAsJson,
+    RunName,
+    StageOptions,
+    TextStageOptions,
+    Unflagged,
+    Words,
+)
 from jobs.cli.run_stage import open_runner, print_forecast, print_result, seal_and_print, spare_ray
 from jobs.cluster.config import ClusterConfig
 from jobs.evaluation.config import EvaluateConfig
@@ -246,7 +256,7 @@ class EvaluateOptions:
     embed: Unflagged[EmbedConfig]
     cluster: Flat[ClusterConfig]
     common: Flat[CommonOptions]
-    stage: Flat[StageOptions]
+    stage: Flat[TextStageOptions]
     database: Words = ()
     """Database of one style. Repeat the flag. Default: every other dataset of the root that has an index."""
     prompt: Words = ()

@@ -58,6 +58,14 @@ class StageOptions:
 
 
 @dataclass(frozen=True)
+class TextStageOptions(StageOptions):
+    """Options of the verbs that write a stage."""
+
+    json: bool = False
+    """Print JSON instead of text, which is the default in a pipe too. A dry run in a pipe prints JSON."""
+
+
+@dataclass(frozen=True)
 class SigningOptions:
     """Options of the verbs that publish."""
 

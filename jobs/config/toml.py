@@ -1,5 +1,6 @@
 """Settings from a TOML file over a recipe."""
 
+import difflib
 import re
 import tomllib
 import typing
@@ -61,9 +62,15 @@ def _read(recipe: str, file: str, default: str = "tiny", change: Callable[[Setti
     document.pop("recipe", None)
     if not isinstance(name, str) or name not in RECIPES:
         where = f"{file}: " if file and not recipe else ""
-        raise ValueError(f"{where}there is no recipe {name!r}\nhint: {', '.join(RECIPES)}")
+        raise ValueError(f"{where}there is no recipe {name!r}\nhint: {suggest_name(name, RECIPES)}")
     settings = RECIPES[name]()
     return change(settings) if change and not named else settings, document
+
+
+def suggest_name(name: object, names: Collection[str]) -> str:
+    """A hint for a name that is not there: the one that is spelled like it, or else all."""
+    close = difflib.get_close_matches(str(name), names, n=1)
+    return f"did you mean {close[0]}?" if close else f"here are {', '.join(names)}"
 
 
 def override(section: Any, values: dict[str, Any], where: str) -> Any:
@@ -72,7 +79,7 @@ def override(section: Any, values: dict[str, Any], where: str) -> Any:
     changes = {}
     for name, value in values.items():
         if name not in types:
-            raise ValueError(f"{where}: there is no setting {name!r}\nhint: here are {', '.join(sorted(types))}")
+            raise ValueError(f"{where}: there is no setting {name!r}\nhint: {suggest_name(name, sorted(types))}")
         current = getattr(section, name)
         if is_dataclass(current):
             if not isinstance(value, dict):

@@ -79,8 +79,8 @@ def _only_in_ledgers(root: str, datasets: list[Dataset], text: str) -> dict[str,
     where = ", ".join(dataset.label for dataset in datasets) or "no sealed dataset"
     first, _, key = text.partition("/")
     names = [dataset.name for dataset in datasets]
-    close = difflib.get_close_matches(first, names, n=1) if key else []
-    hint = ("python -m jobs ls" if not datasets else f"did you mean {close[0]}/{key}?" if close else
+    close = difflib.get_close_matches(first, names, n=1) if key and first not in names else []
+    hint = ("python -m jobs ls" if not datasets else f"did you mean the dataset {close[0]}?" if close else
             f"python -m jobs search {first if first in names else names[0]} WORDS, which shows keys and names")
     raise ValueError(f"{storage.normalize(root)} has no row {text}: expected a key or a name in the source, looked in "
                      f"{where}\nhint: {hint}")
@@ -159,9 +159,9 @@ def row_text(document: dict[str, Any]) -> str:
     """The document of a row for people: a line for each fact, then ledger entries and neighbors."""
     facts = [[name, str(document[name])] for name in ("dataset", "version", "key", "name", "caption", "row", "shard")
              if document.get(name) not in (None, "")]
-    state = [word for word in ("published", "hidden", "forgotten") if document.get(word)]
-    if document["row"] is None:
-        state.append("left out")
+    is_left_out = document["row"] is None  # then its version may be published, but it is not
+    states = ("published", "hidden", "forgotten")
+    state = ["left out"] if is_left_out else [word for word in states if document.get(word)]
     facts += [["state", ", ".join(state)]] if state else []
     if image := document.get("image"):
         facts.append(["image", image["path"]])
@@ -175,7 +175,8 @@ def row_text(document: dict[str, Any]) -> str:
     parts = [tables.render(facts, fold=False)]  # a value that is copied has no line breaks
     if document["ledger"]:
         parts.append(tables.render([[entry["stage"], entry["reason"], entry.get("detail", ""),
-                                     "kept" if entry.get("kept") else "left out"] for entry in document["ledger"]],
+                                     "left out" if not entry.get("kept") else "warning" if is_left_out else "kept"]
+                                    for entry in document["ledger"]],
                                    head=("stage", "reason", "detail", "")))
     for label, neighbors in document.get("neighbors", {}).items():
         rows = [[f"{near['score']:.3f}", near.get("key", str(near["row"])), near.get("name", "")]

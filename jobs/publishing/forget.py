@@ -6,6 +6,7 @@ from typing import Any
 
 from jobs.publishing.consumers import find_consumers, find_samples_showing
 from jobs.publishing.whole_versions import find_replacement
+from jobs.telemetry.units import format_count
 from pipeline import storage
 from pipeline.datasets.dataset import DEFAULT_VERSION, Dataset, datasets, refuse_unknown
 from pipeline.datasets.pointer import DamagedPointer
@@ -26,6 +27,9 @@ def parse_takedown(root: str, sha256: Sequence[str], urls: Sequence[str], keys: 
         raise ValueError(f"{wrong[0]!r} is no sha256\nhint: 64 hexadecimal digits, as sha256sum prints them")
     for text in keys:
         name, _, key = text.rpartition("/")
+        if not name or not key:
+            raise ValueError(f"--key {text}: expected DATASET/KEY, got {'no dataset' if not name else 'no key'}\n"
+                             f"hint: python -m jobs show {text.strip('/')}, which prints both")
         dataset = Dataset.parse(root, name)
         versions = [version for version in _sealed_datasets(root) if version.name == dataset.name
                     and ("@" not in name or version.version == dataset.version)]
@@ -202,7 +206,7 @@ def forget_text(report: dict[str, Any]) -> str:
     lines = []
     for entry in report["found"]:
         hidden = "would be hidden" if report["dry_run"] else "hidden"
-        lines.append(f"{entry['dataset']}: {entry['pictures']} images, {hidden} from searches "
+        lines.append(f"{entry['dataset']}: {format_count(entry['pictures'], 'image')}, {hidden} from searches "
                      f"({', '.join(entry['keys'])}{', ...' if entry['pictures'] > len(entry['keys']) else ''})")
         if entry["neighbors"]:
             lines.append(f"  neighbor lists made with it: {', '.join(entry['neighbors'])}")
@@ -210,8 +214,10 @@ def forget_text(report: dict[str, Any]) -> str:
             lines.append(f"  runs that used it: {', '.join(entry['runs'])}")
     if report["samples"]:
         lines.append(f"samples that show them beside the generated images: {', '.join(report['samples'])}")
-        lines.append(f"  to remove these: rm {' '.join(report['samples'])}")
+        lines.append(f"  to remove these: python -m jobs rm {' '.join(report['samples'])}")
     names = sorted({entry["dataset"].split("@")[0] for entry in report["found"]})
-    lines.append(f"the shards keep their bytes until the next version: rebuild {' / '.join(names)}; then gc; "
-                 f"training leaves them out from its next start, the weights of runs do not change")
+    lines.append("the shards keep their bytes until the next version; training leaves them out from its next start, "
+                 "the weights of runs do not change")
+    lines += [f"  to remove the bytes: python -m jobs rebuild {name} --source SOURCE; then "
+              f"python -m jobs gc {name} --keep 1 --lease 0" for name in names]
     return "\n".join(lines)

@@ -279,6 +279,7 @@ class Rebuild:
                 _log.info("rebuild: another command published %s: %s is older and is not published", before.version,
                           dataset.version)
                 return {"published": before.version, "superseded": dataset.version}
+            self._hide_forgotten(dataset)  # or each gate compares all rows with the takedown list, and says so
             results, texts = self.judge(dataset, before)
             for gate in results:
                 _log.info("gate %s%s", gate, "" if gate.passed else "  FAILED")

@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from jobs.inspection import status
 from jobs.publishing.releases import describe_failed_gates
 from jobs.report.charts import loss_curve, recall_over_time
 from jobs.report.collect import RootContents
@@ -142,6 +143,8 @@ def _group(path: str) -> str:
 def _stage(state: dict[str, Any], group: str) -> dict[str, Any]:
     """The cells of a stage's row."""
     seconds, samples, failed = state.get("seconds"), state.get("samples"), state.get("failed")
+    if state.get("stage") in status.COUNT_PARAMETERS:
+        samples = None
     devices = state.get("devices") or (state.get("progress") or {}).get("devices", {})
     return {"name": state["path"][len(group):].strip("/") or state.get("stage", "run"),
             "state": state["state"] + (f", {failed} failed" if failed else ""),

@@ -2,10 +2,12 @@
 
 import contextlib
 import threading
+import time
 import uuid
 from typing import Any
 
 import ray.train
+from ray.experimental import internal_kv
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -17,13 +19,15 @@ from jobs.runs.run import HOPELESS
 from jobs.telemetry import heartbeat, logs
 from jobs.training.live_progress import TrainingView, read_run_progress
 from jobs.training.train_stage import Job, Training
-from jobs.training.worker import train_process
+from jobs.training.worker import stop_on_signal, train_process
 from pipeline import storage
 from pipeline.hardware import devices
 from pipeline.stages.plan import prepare
 from pipeline.stages.progress import period
 from pipeline.stages.scratch import scratch_folder
 from pipeline.stages.types import StageFailed
+
+_LOOK_AGAIN_S = 1.0
 
 
 def train_on_ray(job: Job, config: ClusterConfig) -> None:
@@ -41,7 +45,7 @@ def train_on_ray(job: Job, config: ClusterConfig) -> None:
     with scratch_folder("ray-train") as scratch:
         # Every worker of every node needs to reach Ray's own folder; nothing of ours is kept in it.
         shared = storage.join(job.run.folder, "ray") if storage.is_local(job.run.folder) else str(scratch)
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             _train_worker, train_loop_config={
                 "job": job, "launch": launch, "log": logs.current_format(),
                 "device": "cuda" if config.each_gpus else "cpu"},
@@ -53,8 +57,9 @@ def train_on_ray(job: Job, config: ClusterConfig) -> None:
         done = threading.Event()
         thread = threading.Thread(target=_watch_progress, args=(job, done), daemon=True)
         thread.start()
+        request = _StopRequest(launch)
         try:
-            with heartbeat.doing("train: starting the workers"):
+            with heartbeat.doing("train: starting the workers"), stop_on_signal(request.ask):
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
             if known := _fatal_error(job, launch):
@@ -67,6 +72,35 @@ def train_on_ray(job: Job, config: ClusterConfig) -> None:
             thread.join()
             if storage.is_local(shared):
                 storage.remove_tree(shared)
+
+
+class _StopRequest:
+    """Asks the workers of a launch to stop, through two keys in the store of their Ray cluster."""
+
+    def __init__(self, launch: str) -> None:
+        self._begun, self._asked = f"rdm-begun-{launch}".encode(), f"rdm-stop-{launch}".encode()
+        self._looked, self._is_asked = -float("inf"), False
+
+    def ask(self) -> bool:
+        """Ask, from the driver. False: the workers have not begun a step."""
+        internal_kv._internal_kv_put(self._asked, b"1")
+        return bool(internal_kv._internal_kv_exists(self._begun))
+
+    def is_asked(self) -> bool:
+        """Whether the driver has asked. A worker calls it at each step; it looks once a second."""
+        if time.monotonic() - self._looked >= _LOOK_AGAIN_S:
+            if self._looked < 0:
+                internal_kv._internal_kv_put(self._begun, b"1")
+            self._looked = time.monotonic()
+            self._is_asked = bool(internal_kv._internal_kv_exists(self._asked))
+        return self._is_asked
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer without its own handler of Ctrl-C, which ends the process with 1 and discards the steps."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 # mypy sees the configuration classes of Ray's older Train API. ray.train replaces them when it is imported.
@@ -99,7 +133,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     if fault := _fatal_error(job, config["launch"]):
         raise fault
     with logs.label_events(known), job.run.telling(config["launch"]):
-        train_process(job)
+        train_process(job, _StopRequest(config["launch"]).is_asked)
 
 
 def _fatal_error(job: Job, launch: str) -> Exception | None:

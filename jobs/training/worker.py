@@ -7,6 +7,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ def train_in_processes(job: Job) -> bool:
         devices.choose_device()  # an unusable GPU must not leave a plan
         prepare(training)
         job.run.mend()
-        with _stop_on_signal() as stop, job.run.telling(), contextlib.closing(TrainingView()) as view:
+        with stop_on_signal() as stop, job.run.telling(), contextlib.closing(TrainingView()) as view:
             train_process(job, stop, view)
         return True
     device = devices.choose_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -148,7 +149,7 @@ def train_in_processes(job: Job) -> bool:
             prepare(training)
             job.run.mend()
         dist.barrier()
-        with _stop_on_signal() as stop, job.run.telling(), contextlib.closing(TrainingView()) as view:
+        with stop_on_signal() as stop, job.run.telling(), contextlib.closing(TrainingView()) as view:
             train_process(job, stop, view)
         return dist.get_rank() == 0
     finally:
@@ -191,20 +192,30 @@ def _broadcast_step(step: int, device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+def stop_on_signal(ask: Callable[[], bool] | None = None) -> Iterator[Callable[[], bool]]:
     """A function that is true after SIGTERM or Ctrl-C. The run then saves a checkpoint and ends, and loses no steps.
 
-    A second Ctrl-C ends the run without a checkpoint.
+    A second Ctrl-C ends the run without a checkpoint. `ask` tells other processes. If it returns False, there is no
+    step to save, and the signal does what it did before.
     """
     signals: list[int] = []
 
-    def stop(number: int, _: object) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         signals.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if ask and not ask():
+            handler = before[signal.Signals(number)]
+            if callable(handler):
+                handler(number, frame)
+            return
+        if before[signal.SIGINT] is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if number == signal.SIGINT:
             _log.warning("train: the run saves a checkpoint and stops; Ctrl-C again stops without one")
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # a shell lets its background jobs ignore Ctrl-C
+            signal.signal(number, stop)
     try:
         yield lambda: bool(signals)
     finally:

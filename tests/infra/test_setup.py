@@ -132,7 +132,9 @@ def test_setup_repeats_nothing_and_installs_a_changed_lock(machine: Machine) -> 
     assert (second.returncode, second.stderr, machine.log.read_text()) == (0, "", "")
     with (machine.repository / "requirements.lock").open("a") as lock:
         lock.write("six==1.17.0\n")
-    assert machine.setup().stderr == "" and machine.log.read_text() == installed
+    said = machine.setup().stderr
+    assert re.fullmatch(r"setup: installing the packages of .*\nsetup: done; next: \. .venv/bin/activate, .*\n", said)
+    assert machine.log.read_text() == installed
     assert machine.setup().stderr == "" and machine.log.read_text() == ""
 
 
@@ -149,7 +151,8 @@ def test_pip_replaces_a_failing_uv_and_a_failed_install_is_resumed(machine: Mach
     assert "the packages could not be installed. hint: " in result.stderr
     assert result.returncode != 0  # does not count as complete
     (machine.broken / "pip").unlink()
-    assert machine.setup().returncode == 0 and machine.setup().stderr == ""
+    assert machine.setup().stderr.endswith("setup: done; next: . .venv/bin/activate, then rdm --help\n")
+    assert machine.setup().stderr == ""
 
 
 def test_a_failed_venv_leaves_nothing(machine: Machine) -> None:

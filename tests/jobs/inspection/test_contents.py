@@ -160,7 +160,9 @@ def test_a_skipped_row_is_shown_with_its_reason(tmp_path: Path, capsys: pytest.C
     warned = _printed(capsys, "show", "warned.gif", "--root", root)
     assert warned["row"] == 1 and [entry["reason"] for entry in warned["ledger"]] == ["animated"]
     assert Image.open(io.BytesIO(Path(warned["image"]["path"]).read_bytes())).size == (32, 32)
-    assert "left out" in row_text(broken) and "animated" in row_text(warned)
+    assert "left out" in row_text(broken | {"published": True}) and "published" not in row_text(
+        broken | {"published": True})
+    assert "animated" in row_text(warned)
 
 
 def test_ambiguous_and_unknown_keys_are_refused(root: str) -> None:

@@ -89,20 +89,25 @@ def test_changes_to_a_published_version_are_detected(place: Path, capsys: pytest
         published_dataset(root)
 
 
-def test_forgotten_images_are_hidden_and_removed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_forgotten_images_are_hidden_and_removed(place: Path, capsys: pytest.CaptureFixture[str],
+                                                 caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     root, source, files = str(place / "root"), place / "source", pictures(place)
     dataset = published_dataset(root)
     rows = [row for record in dataset.manifest("shards")["items"] for row in metadata(dataset, record)]
     by_key, by_name, by_hash = rows[2], rows[35], rows[70]
     assert main(["forget", "--key", f"{NAME}/{by_key['key']}", "--url", by_name["url"], "--sha256",
                  by_hash["sha256"], "--note", "asked by mail", "--root", root]) == 0
-    assert "drawn@v1: 3 images, hidden from searches" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "drawn@v1: 3 images, hidden from searches" in said
+    assert "python -m jobs rebuild drawn --source SOURCE; then python -m jobs gc drawn --keep 1 --lease 0" in said
     # Immediately, in the published version.
     assert list(hidden_rows.read_hidden_rows(published_dataset(root))) == [2, 35, 70]
     copy = source / "renamed.png"
     shutil.copy(source / by_key["url"], copy)  # the same bytes under another name
     done = rebuild(root, source)
     assert (done["forgotten"], done["published"], done["embedded"]) == (3, "v2", 0)
+    assert "compares all" not in caplog.text  # nor does a reader of the new version
     dataset = published_dataset(root)
     tars = b"".join(storage.read_bytes(storage.manifest_file_url(dataset.folder("shards"), entry["name"]))
                     for record in dataset.manifest("shards")["items"] for entry in record["files"]
@@ -114,7 +119,7 @@ def test_forgotten_images_are_hidden_and_removed(place: Path, capsys: pytest.Cap
     assert {row["name"] for row in read_listing(dataset).to_pylist() if row["status"] == "forgotten"} == {
         by_key["url"], by_hash["url"], "renamed.png"}
     assert main(["verify", "--root", root]) == 0
-    for flags in ([], ["--sha256", "12"], ["--key", f"{NAME}/none"]):
+    for flags in ([], ["--sha256", "12"], ["--key", f"{NAME}/none"], ["--key", "none"]):
         assert main(["forget", *flags, "--root", root]) == 2
     assert len(files) == 72
 

@@ -130,6 +130,20 @@ def test_a_signal_saves_a_checkpoint(root: Path, number: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
+def test_ctrl_c_saves_a_checkpoint_with_ray_workers(root: Path, cluster: Any) -> None:
+    process = subprocess.Popen([sys.executable, *_command(root, "ray-stopped", "--steps", "5000",
+                                                          "--checkpoint-every", "100000")],
+                               stderr=subprocess.PIPE, text=True)
+    _wait_for_step(root, "ray-stopped", 7, process)
+    process.send_signal(signal.SIGINT)
+    _, log = process.communicate(timeout=60)
+    steps = Run.parse(str(root), "ray-stopped").steps()
+    assert process.returncode == 130 and len(steps) == 1 and steps[0] >= 7, log
+    assert f"train: stopped at step {steps[0]}; the same command continues from there" in log
+
+
+@pytest.mark.slow
+@pytest.mark.ray
 def test_two_ray_workers_one_killed_equal_torchrun_and_one_process(root: Path, cluster: Any) -> None:
     expected_curve = _undisturbed_curve(root)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
