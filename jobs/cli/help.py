@@ -56,7 +56,7 @@ _USUAL = {
     "PlanConfig": "pictures database_rows workers gpus measure price_gpu_hour json",
     "ClusterConfig": "workers gpus",
     "CommonOptions": "root recipe config local dry_run",
-    "StageOptions": "overwrite",
+    "StageOptions": "overwrite", "TextStageOptions": "overwrite json",
 }
 """The flags in the short help. Classes that are not here are shown whole."""
 _PIPELINE_USUAL = {"ShardConfig": "source where image_size", "EmbedConfig": "model",

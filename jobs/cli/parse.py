@@ -8,7 +8,7 @@ import io
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from jobs.cli.options import CommonOptions, StageOptions
 from jobs.telemetry.output import PROGRAM
@@ -192,7 +192,7 @@ def default_options(kind: type, flags: list[str], change: Change | None = None) 
 
     from jobs.config.toml import resolve_sections
     names = {field.name for field in fields(kind)}
-    values: dict[str, Any] = {"common": CommonOptions(), "stage": StageOptions()}
+    values: dict[str, Any] = {"common": CommonOptions(), "stage": get_type_hints(kind).get("stage", StageOptions)()}
     if "common" in names:
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--recipe", default="")

@@ -87,7 +87,7 @@ class _StopRequest:
         return bool(internal_kv._internal_kv_exists(self._begun))
 
     def is_asked(self) -> bool:
-        """Whether the driver has asked. A worker calls it at each step; it looks once a second."""
+        """Whether the driver wants a stop. A worker calls it at each step; it looks once a second."""
         if time.monotonic() - self._looked >= _LOOK_AGAIN_S:
             if self._looked < 0:
                 internal_kv._internal_kv_put(self._begun, b"1")

@@ -87,6 +87,11 @@ def test_flags_of_the_work_are_those_of_verbs_that_have_a_runner(capsys: pytest.
             assert {"--local", "--workers", "--dry-run"} <= shown, verb
 
 
+def test_the_help_of_json_says_what_a_pipe_gets(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, words in (("evaluate", "JSON instead of text"), ("index", "This is the default without a terminal")):
+        assert words in " ".join(_printed(capsys, verb, "--help-all").replace("│", " ").split())
+
+
 def test_submit_has_its_own_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--secret" in _printed(capsys, "submit", "--help")
     assert "--gates.min-recall" not in _printed(capsys, "submit", "--help")

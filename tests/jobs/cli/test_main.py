@@ -183,7 +183,7 @@ def test_a_file_overrides_a_recipe_and_flags_override_a_file(tmp_path: Path, cap
 
 
 @pytest.mark.parametrize(("text", "sentence"), [
-    ("[shard]\nimage_sise = 3", "there is no setting 'image_sise'"),
+    ("[shard]\nimage_sise = 3", "there is no setting 'image_sise'\nhint: did you mean image_size?"),
     ("[shard]\nimage_size = 'big'", "shard: image_size = 'big': must be of the type int"),
     ("shard = 3", "shard is a section"),
     ("[shard]\nformat = 'bmp'", "must be one of jpg, png, webp"),

@@ -134,7 +134,7 @@ def test_ctrl_c_saves_a_checkpoint_with_ray_workers(root: Path, cluster: Any) ->
     process = subprocess.Popen([sys.executable, *_command(root, "ray-stopped", "--steps", "5000",
                                                           "--checkpoint-every", "100000")],
                                stderr=subprocess.PIPE, text=True)
-    _wait_for_step(root, "ray-stopped", 7, process)
+    _wait_for_step(root, "ray-stopped", 7, process, seconds=300)
     process.send_signal(signal.SIGINT)
     _, log = process.communicate(timeout=60)
     steps = Run.parse(str(root), "ray-stopped").steps()
