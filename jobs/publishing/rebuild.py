@@ -109,8 +109,7 @@ class Rebuild:
         fault = ""
         try:
             base = before.open()
-            for stage_name in published.STAGES:
-                base.is_sealed(stage_name)  # refuses a stage that somebody added to a signed version
+            tuple(map(base.is_sealed, published.STAGES))  # refuses a stage that somebody added to a signed version
             read = self.config.full or self.config.thorough
             if missing := find_missing_files(base, dict(base.trusted), read=read):
                 fault = f"{len(missing)} files are missing or changed, the first is {missing[0]}"
@@ -334,11 +333,12 @@ class Rebuild:
                               f"hint: run the same command again")
 
     def _has_other_scores(self) -> bool:
-        """Whether the published version lacks a score, or hides rows for another reason."""
+        """Whether the published version lacks a score or vectors of captions, or hides rows for another reason."""
         last = self.last
         assert last
         hide = last.manifest("tombstones")["section"].get("hide", "") if last.is_sealed("tombstones") else ""
-        return hide != self.config.hide or any(
+        captions = self.config.embed_captions and not last.is_sealed("text_embeddings")
+        return captions or hide != self.config.hide or any(
             not last.is_sealed(stage) or last.manifest(stage)["section"] != score.section()
             for score in self._scores(last) for stage in [score.path.split("/", 3)[3]])
 

@@ -101,7 +101,7 @@ class Shard(Stage):
         manifest = self.base.manifest("shards")
         mine, theirs = self.section(), manifest["section"]
         if mine != theirs:
-            differing = ", ".join(sorted(key for key in mine if mine[key] != theirs.get(key)))
+            differing = ", ".join(sorted(key for key in mine.keys() | theirs if mine.get(key) != theirs.get(key)))
             raise ValueError(f"{self.base.label} was sharded with other settings ({differing})\n"
                              f"hint: another version with failed rows tried again must have the same")
         if manifest["inputs"]["pictures"] != self._source_identity:

@@ -357,3 +357,9 @@ def test_missing_files_of_a_captions_table_count_as_removed(place: Path, caplog:
     assert rebuild(place / "root", place / "source")["unchanged"]
     assert "rows of the source of drawn since v2: 73 kept, 0 added, 0 changed, 0 removed" in caplog.text
     assert "@v3" not in caplog.text
+
+
+def test_vectors_of_captions_can_be_added_to_an_unchanged_source(place: Path) -> None:
+    assert rebuild(place / "root", place / "source", embed_captions=True)["published"] == "v2"
+    assert published_dataset(place / "root").is_sealed("text_embeddings")
+    assert rebuild(place / "root", place / "source", embed_captions=True)["unchanged"]
