@@ -31,12 +31,12 @@ def resolve_sections(recipe: str, file: str, names: Collection[str], default: st
     """Only the sections `names`, like `resolve_settings`. The name `settings` stands for all of them.
 
     `default` is the recipe if none is named; then `change` replaces some of its settings. Other sections of the file
-    are not read, except that an unknown section is a ValueError.
+    are checked too, each by itself.
     """
     settings, document = _read(recipe, file, default, change)
     if "settings" not in names:
-        known = {field.name for field in fields(settings)}
-        document = {name: value for name, value in document.items() if name in names or name not in known}
+        for name in {field.name for field in fields(settings)} & document.keys() - set(names):
+            override(settings, {name: document.pop(name)}, file)
     settings = override(settings, document, file)
     return {"settings": settings} | {field.name: getattr(settings, field.name) for field in fields(settings)
                                      if field.name in names}
@@ -53,10 +53,12 @@ def _read(recipe: str, file: str, default: str = "tiny", change: Callable[[Setti
                 raise ValueError("a key of more than 20 parts")
             document = tomllib.loads(text)
         except OSError as error:
-            raise ValueError(f"cannot read the settings {file}: {error.strerror}") from None
+            raise ValueError(f"cannot read the settings {file}: {error.strerror}\n"
+                             f"hint: `python -m jobs init photographs example.toml` writes an example") from None
         # Also text that is not UTF-8, numbers of thousands of digits, thousands of brackets.
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file} is not TOML: {error}") from None
+            raise ValueError(f"{file} is not TOML: {error}\n"
+                             f"hint: `python -m jobs init photographs example.toml` writes an example") from None
     named = recipe or document.get("recipe", "")
     name = recipe or document.pop("recipe", default)
     document.pop("recipe", None)

@@ -16,7 +16,7 @@ import pytest
 from jobs.cli.main import main
 from jobs.cli.parse import VERBS, parse_command
 from jobs.config.recipes import RECIPES
-from jobs.config.toml import resolve_settings
+from jobs.config.toml import resolve_sections, resolve_settings
 from tests.laws.terminal import run_on_screen
 
 ROOT = Path(__file__).parents[3]
@@ -194,6 +194,9 @@ def test_faulty_settings_are_named(text: str, sentence: str, tmp_path: Path) -> 
     file.write_text(text)
     with pytest.raises(ValueError, match=r"settings\.toml") as raised:
         resolve_settings("", str(file))
+    assert sentence in str(raised.value)
+    with pytest.raises(ValueError, match=r"settings\.toml") as raised:
+        resolve_sections("", str(file), {"index"})  # of a verb that uses another section
     assert sentence in str(raised.value)
 
 
