@@ -5,6 +5,8 @@ import io
 import itertools
 import os
 import re
+import shutil
+import textwrap
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, make_dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ SHELLS = {
 }
 """For each shell the script that completes `rdm`. The shell asks the program for the words at each press of Tab."""
 
+_UNWRAPPED = 1000  # columns where no terminal has a width
 _ON_WORKERS = {"shard", "embed", "score", "index", "neighbors", "latents", "train", "sample", "evaluate", "rebuild",
                "style", "pipeline", "demo", "plan"}
 _USED_BY = {
@@ -72,7 +75,10 @@ def print_overview() -> None:
               "To resume after any fault, run the same command again.",
               f"--version prints the version. --completion {'|'.join(SHELLS)} prints a script for the shell, as in",
               f'  eval "$({PROGRAM} --completion bash)"']
-    output.print_text("\n".join(lines))
+    columns = shutil.get_terminal_size((_UNWRAPPED, 24)).columns
+    output.print_text("\n".join(textwrap.fill(
+        line, columns, subsequent_indent=" " * (13 if line.startswith("  ") else 2), replace_whitespace=False,
+        break_long_words=False, break_on_hyphens=False) for line in lines))
 
 
 def is_used(verb: str, kind: type, name: str) -> bool:

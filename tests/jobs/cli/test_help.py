@@ -28,9 +28,13 @@ def _flags(text: str) -> set[str]:
     return set(re.findall(r"^\W*?(--[a-z][\w.-]*)", text, re.MULTILINE))
 
 
-def test_every_verb_is_in_one_group(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_every_verb_is_in_one_group(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+                                    ) -> None:
     assert sorted(verb for verbs in GROUPS.values() for verb in verbs) == sorted(VERBS)
+    monkeypatch.setenv("COLUMNS", columns)
     overview = _printed(capsys, "--help")
+    assert all(len(line) <= int(columns) for line in overview.splitlines())
     assert all(f"\n  {verb} " in overview for verb in VERBS) and all(f"\n{group}\n" in overview for group in GROUPS)
 
 
