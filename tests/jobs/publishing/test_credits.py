@@ -131,3 +131,8 @@ def test_forget_names_samples_that_show_an_image_and_credits_say_so(
     assert first["sha256"] != second["sha256"]
     assert main(["forget", "--sha256", "0" * 64, "--json", "--root", root]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] == []
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_absent(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"samples/none is not there\nhint: `python -m jobs ls` lists the samples"):
+        credits.list_credits("runs/tiny/samples/none", str(tmp_path))
