@@ -24,6 +24,7 @@ def _vectors(count: int, centre: np.ndarray, rng: np.random.Generator) -> np.nda
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_a_style_classifier_learns_styles() -> None:
     torch.set_num_threads(1)
     network = style_classifier.train_judge(*_pictures(200, 0), 2, steps=60, seed=0)

@@ -29,6 +29,7 @@ def stopped(s3: str, s3_process: tuple[str, "subprocess.Popen[bytes]"],
         s3_process[1].send_signal(signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_verbs_that_read_end_with_one_error_in_time(stopped: str, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["status"], ["verify"], ["search", "art", "apple"], ["ls"], ["show", "apple"], ["report"],
                   ["versions", "art"]):

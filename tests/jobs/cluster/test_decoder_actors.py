@@ -104,6 +104,7 @@ def _ping_after_restart(handle: Any) -> tuple[int, str]:
     raise AssertionError("the decoder is not started again")
 
 
+@pytest.mark.slow
 def test_a_worker_uses_a_bounded_number_of_decoders_that_answer(cluster) -> None:
     handles = decoder_actors.start_decoders(3)
     try:

@@ -271,6 +271,7 @@ def test_a_worker_without_a_gpu_sees_none(cluster: Any, pickle_by_value: None, t
     assert manifest["items"][0]["info"] == {"reserved": "cpu", "visible": ""}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_every_record_of_a_worker_names_its_precision(cluster: Any, root: str) -> None:
     """A worker sets its stage up once, and each item brings a new copy of the stage."""

@@ -316,6 +316,7 @@ def test_items_that_fail_everywhere_fail_on_three_workers_and_retire_none(cluste
     assert storage.read_json(storage.join(stage.folder, "progress.json"))["retired"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_an_item_that_breaks_every_device_fails_and_the_others_are_finished(cluster: Any, start_pool: Any,
                                                                             tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_forget_names_samples_that_show_an_image_and_credits_say_so(
         assert main(["forget", flag, name, "--json", *more, "--root", root]) == 0
         assert json.loads(capsys.readouterr().out)["samples"] == ["runs/tiny/samples/first"]
     assert main(["forget", flag, name, "--root", root]) == 0
-    assert "to remove these: rm runs/tiny/samples/first" in capsys.readouterr().out
+    assert "to remove these: python -m jobs rm runs/tiny/samples/first" in capsys.readouterr().out
     pictures = credits.list_credits("runs/tiny/samples/first", root)[0]["pictures"]
     assert [picture.get("note") for picture in pictures] == [None, "this image was taken down"]
     assert first["sha256"] != second["sha256"]

@@ -3,6 +3,8 @@
 import sys
 import time
 
+import pytest
+
 from jobs.telemetry import heartbeat
 from tests.laws.terminal import run_on_screen
 
@@ -22,6 +24,7 @@ heartbeat.stop()
 """
 
 
+@pytest.mark.slow
 def test_texts_of_others_do_not_share_a_line_with_it() -> None:
     seen = run_on_screen([sys.executable, "-c", _WAITS])
     lines = [line.rstrip() for line in seen.lines if line.strip()]

@@ -131,6 +131,7 @@ def test_after_a_resize_the_bar_fits_the_new_width(tmp_path: Path) -> None:
     assert len(bars) > 1 and all(len(line) <= 60 for line in bars)
 
 
+@pytest.mark.slow
 def test_no_color_removes_colors(tmp_path: Path) -> None:
     seen = run_on_screen(_stage(tmp_path), NO_COLOR="1")
     assert len(_bars(seen)) == 1 and not re.search(r"\x1b\[[\d;]*(3[0-7]|38|9[0-7])[\d;]*m", seen.raw)

@@ -33,7 +33,7 @@ def test_forget_hides_an_image_of_each_version(template: Place, tmp_path: Path) 
     """Otherwise the laws of `forget` say nothing."""
     place = prepare_place(template, tmp_path / "place", "forget")
     forgotten = place.run(place.arguments("forget"))
-    assert forgotten.output.count("1 images, hidden from searches") == 3, forgotten
+    assert forgotten.output.count("1 image, hidden from searches") == 3, forgotten
 
 
 def kill_at(template: Place, folder: Path, verb: str, number: int, bucket: str = "") -> bool:

@@ -37,6 +37,7 @@ from tests.pipeline import web_server
 from tests.pipeline.synthetic import encoded, noise
 
 
+@pytest.mark.slow
 @ray
 def test_a_worker_killed_in_the_middle_of_a_shard_changes_nothing(cluster: Any, tmp_path: Path, address: str) -> None:
     source, killed = write_slow_list(tmp_path / "list.parquet", address, 80, 0.15), []

@@ -119,6 +119,7 @@ def test_passwords_in_urls_appear_nowhere(tmp_path, image_site, kind):
         assert [name for name, text in texts.items() if word in text] == []
 
 
+@pytest.mark.slow
 def test_the_order_of_downloads_does_not_change_the_tars(tmp_path, image_site, monkeypatch):
     from pipeline.downloads import downloader
     monkeypatch.setattr(downloader, "_FIRST_WAIT", 0.05)

@@ -207,6 +207,7 @@ def test_one_downloader_may_serve_several_loops(site):
     assert asyncio.run(once()) == asyncio.run(once()) == FILES["a.jpg"]
 
 
+@pytest.mark.slow
 def test_a_cancelled_download_stops(site):
     async def stopped() -> None:
         async with Downloader(config(connections=1, retries=2, max_bytes=1 << 50)) as downloader:

@@ -161,6 +161,7 @@ def test_names_with_dots_of_a_key_with_several_images_are_split_at_the_last_dot(
     assert len(samples) == 1500 and not faults.members
 
 
+@pytest.mark.slow
 def test_the_index_takes_few_bytes_for_each_member(tmp_path: Path):
     peaks = []
     for count in (1000, 21_000):

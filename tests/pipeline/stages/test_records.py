@@ -87,6 +87,7 @@ def test_parts_of_a_table_equal_parts_of_the_list():
     assert apart == records.to_bytes([records.table(done[200:250] + done[3:43])])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [1, 7, 64, 300])
 def test_groups_of_rows_add_up_to_the_table(monkeypatch, group):
     done = [make_record(number) for number in range(300)]

@@ -28,7 +28,7 @@ def test_forget_works_beside_a_damaged_version(place: Path, name: str, capsys: p
     _damage(place, name)
     assert main(["forget", "--sha256", image, "--root", root]) == 1
     out, err = capsys.readouterr()
-    assert f"{NAME}@v1: 1 images" in out and takedown_list.count_requests(root) == (1, 1)
+    assert f"{NAME}@v1: 1 image, " in out and takedown_list.count_requests(root) == (1, 1)
     assert "is recorded, but 1 versions cannot be read and may still have such images: other@v1 (" in err
     assert f"hint: python -m jobs shard other --source FOLDER --overwrite --root {root}; or remove" in err
     assert list(hidden_rows.read_hidden_rows(published_dataset(root))) == [0]
