@@ -18,7 +18,7 @@ demo: setup  ## run every stage on real images, and write a report
 	$(BIN)/python -m jobs demo --root $(ROOT)
 
 test: setup lint  ## what every change must pass
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not fuzz" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not fuzz" tests
 
 test-all: setup lint  ## with the slow and the GPU tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not fuzz" tests

@@ -31,12 +31,12 @@ def resolve_sections(recipe: str, file: str, names: Collection[str], default: st
     """Only the sections `names`, like `resolve_settings`. The name `settings` stands for all of them.
 
     `default` is the recipe if none is named; then `change` replaces some of its settings. Other sections of the file
-    are checked too, each by itself.
+    are not read, but a setting that does not exist is a ValueError there too.
     """
     settings, document = _read(recipe, file, default, change)
     if "settings" not in names:
         for name in {field.name for field in fields(settings)} & document.keys() - set(names):
-            override(settings, {name: document.pop(name)}, file)
+            _check_names(settings, {name: document.pop(name)}, file)
     settings = override(settings, document, file)
     return {"settings": settings} | {field.name: getattr(settings, field.name) for field in fields(settings)
                                      if field.name in names}
@@ -54,11 +54,10 @@ def _read(recipe: str, file: str, default: str = "tiny", change: Callable[[Setti
             document = tomllib.loads(text)
         except OSError as error:
             raise ValueError(f"cannot read the settings {file}: {error.strerror}\n"
-                             f"hint: `python -m jobs init photographs example.toml` writes an example") from None
+                             "hint: correct the path of --config") from None
         # Also text that is not UTF-8, numbers of thousands of digits, thousands of brackets.
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file} is not TOML: {error}\n"
-                             f"hint: `python -m jobs init photographs example.toml` writes an example") from None
+            raise ValueError(f"{file} is not TOML: {error}\nhint: correct this line") from None
     named = recipe or document.get("recipe", "")
     name = recipe or document.pop("recipe", default)
     document.pop("recipe", None)
@@ -79,9 +78,8 @@ def override(section: Any, values: dict[str, Any], where: str) -> Any:
     """A section of settings with other values, as TOML or JSON has them; ValueError with the place `where`."""
     types = typing.get_type_hints(type(section))
     changes = {}
+    _check_names(section, values, where)
     for name, value in values.items():
-        if name not in types:
-            raise ValueError(f"{where}: there is no setting {name!r}\nhint: {suggest_name(name, sorted(types))}")
         current = getattr(section, name)
         if is_dataclass(current):
             if not isinstance(value, dict):
@@ -93,6 +91,16 @@ def override(section: Any, values: dict[str, Any], where: str) -> Any:
         return replace(section, **changes)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _check_names(section: Any, values: dict[str, Any], where: str) -> None:
+    """ValueError for a setting that does not exist, in a section or in those below it."""
+    names = {field.name: getattr(section, field.name) for field in fields(section)}
+    for name, value in values.items():
+        if name not in names:
+            raise ValueError(f"{where}: there is no setting {name!r}\nhint: {suggest_name(name, sorted(names))}")
+        if is_dataclass(names[name]) and isinstance(value, dict):
+            _check_names(names[name], value, f"{where}: {name}")
 
 
 def _parse_value(kind: Any, value: Any, where: str) -> Any:

@@ -38,8 +38,7 @@ def list_credits(text: str, root: str = "") -> list[dict[str, Any]]:
         document = check_shape(storage.read_json(url), url, _SAMPLES, "the same sample command with --overwrite")
     except FileNotFoundError:
         if not storage.list_folders(folder) and not storage.list_files(folder):
-            raise ValueError(f"{folder} is not there\n"
-                             f"hint: `python -m jobs ls` lists the samples of each run") from None
+            raise ValueError(f"{folder} is not there\nhint: python -m jobs ls") from None
         raise ValueError(f"{folder} has no samples.json: the samples are not finished, or `sample` did not make them\n"
                          f"hint: run the same sample command again") from None
     file = "/".join(parts[4:])

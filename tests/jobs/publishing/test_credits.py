@@ -134,5 +134,5 @@ def test_forget_names_samples_that_show_an_image_and_credits_say_so(
 
 
 def test_a_folder_that_is_not_there_is_said_to_be_absent(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"samples/none is not there\nhint: `python -m jobs ls` lists the samples"):
+    with pytest.raises(ValueError, match=r"samples/none is not there\nhint: python -m jobs ls"):
         credits.list_credits("runs/tiny/samples/none", str(tmp_path))

@@ -39,13 +39,13 @@ def test_a_damaged_progress_file_is_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize("columns", [40, pytest.param(80, marks=pytest.mark.slow)])
 def test_train_shows_a_live_line(prepared_root: Path, tmp_path: Path, columns: int) -> None:
     shutil.copytree(prepared_root, tmp_path / "root")
-    (tmp_path / "settings.toml").write_text('[train]\nsteps = 200\nglobal_batch = 8\nprecision = "fp32"\n'
+    (tmp_path / "settings.toml").write_text('[train]\nsteps = 100\nglobal_batch = 8\nprecision = "fp32"\n'
                                             'image_size = 16\n[train.unet]\nmodel_channels = 32\n')
     seen = run_on_screen([sys.executable, "-m", "jobs", "train", "small", "--dataset", "drawn", "--local", "--root",
                           str(tmp_path / "root"), "--config", str(tmp_path / "settings.toml")], columns)
     assert seen.code == 0, seen.raw
     lines = [line.rstrip() for line in seen.lines if line.startswith("train ")]
-    assert len(lines) == 1 and re.match(r"train .{8} 100%  step 200 of 200", lines[0]) and len(lines[0]) <= columns
+    assert len(lines) == 1 and re.match(r"train .{8} 100%  step 100 of 100", lines[0]) and len(lines[0]) <= columns
     assert columns < 80 or re.search(r", loss \d\.\d{4}$", lines[0])
     assert re.search(r"\d samples/s, .* left", seen.raw)
     assert seen.raw.count("\x1b[?25l") == seen.raw.count("\x1b[?25h") == 1
