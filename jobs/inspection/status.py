@@ -143,7 +143,7 @@ def forecast_stage(stage: Stage, *, overwrite: bool = False) -> dict[str, Any]:
 
 
 def _input_bytes(root: str, path: str) -> int:
-    """Bytes of a folder that a stage reads: another stage, or a checkpoint, which has a manifest of its own form."""
+    """Bytes of a folder that a stage reads: another stage, or a checkpoint, whose manifest has another form."""
     parts = path.split("/")
     if parts[0] == "runs" and parts[2:3] == ["checkpoints"]:
         return sum(entry["bytes"] for entry in Run(root, parts[1]).checkpoint(int(parts[3]))["files"])

@@ -109,7 +109,7 @@ class Rebuild:
         fault = ""
         try:
             base = before.open()
-            tuple(map(base.is_sealed, published.STAGES))  # refuses a stage that somebody added to a signed version
+            tuple(map(base.is_sealed, published.STAGES))  # refuses one that the signature does not name
             read = self.config.full or self.config.thorough
             if missing := find_missing_files(base, dict(base.trusted), read=read):
                 fault = f"{len(missing)} files are missing or changed, the first is {missing[0]}"
@@ -135,10 +135,7 @@ class Rebuild:
         return read_listing(self.last) if self.last else wide(LISTING_SCHEMA).empty_table()
 
     def claim(self) -> tuple[Dataset, bool]:
-        """The version to make, and whether it was published before.
-
-        It is one that was begun for the same source, or the next free number.
-        """
+        """The version to make, begun for this source or the next free number, and whether it was published before."""
         last = self.last
         source = storage.digest([self.source.digest, Update.section_of(self.shard), self._settings()])
         claim = {"digest": storage.digest([source, self.config.rewrite, self.config.thorough, last is None,

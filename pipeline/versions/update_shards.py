@@ -104,8 +104,8 @@ class Update(Shard):
                     failed: np.ndarray) -> Item | None:
         """The item for a shard of the last version: it stays, or is written again. None: it is removed.
 
-        `dead` are hidden samples. `live` and `failed` are the rows of the source, at that time, that are still in it:
-        those that became samples, and those that gave none.
+        `dead` are hidden samples. `live` and `failed` are rows that the source still has. Those of `live` became
+        samples, those of `failed` did not.
         """
         positions, forgotten = self._gone_samples(last, record, dead, live)
         if len(positions) == record["samples"] and not len(failed):
@@ -160,9 +160,9 @@ class Update(Shard):
 
     @staticmethod
     def _ledger(base: Dataset, record: dict[str, Any], table: pa.Table, failed: list[int]) -> list[Entry]:
-        """The ledger of a shard, without the rows that gave no sample and do not stay, as they are not in `failed`.
+        """The ledger of a shard. Of its rows without a sample, only those in `failed` stay.
 
-        The source has them no more, or in another form, which a newer shard counts.
+        The source does not have the others now, or has them in another form: a newer shard counts these.
         """
         stay = set(failed)
         gone = Counter(name for name, status, row in zip(*_named_rows(table), strict=True)

@@ -72,7 +72,7 @@ def test_ray_workers_measure_synthetic_images_on_s3(plan: list[str], s3: str, tm
     assert completed.returncode == 0, completed.stderr
     known = rates.read(str(tmp_path / "rates.json"))
     assert known.machine.startswith("2 workers on") and 100_000 < known.shard.source_bytes < 1_000_000
-    assert "train" not in known.defaults and not storage.list_folders(f"{s3}/root/trial")
+    assert "train" not in known.defaults and not storage.list_folders(storage.join(s3, "root", "trial"))
 
 
 @pytest.mark.slow
@@ -122,5 +122,5 @@ def test_impossible_measurements_are_refused_before_they_start(plan: list[str], 
 def test_a_dry_run_prints_the_place_and_does_nothing(plan: list[str], tmp_path: Path,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*plan, "--dry-run"]) == 0
-    assert json.loads(capsys.readouterr().out)["folder"].startswith(f"{tmp_path}/root/trial/")
+    assert json.loads(capsys.readouterr().out)["folder"].startswith(f"{tmp_path / 'root' / 'trial'}/")
     assert not (tmp_path / "root").exists()

@@ -165,16 +165,3 @@ def test_faults_on_an_object_store_are_named_too(copied, s3):
                       storage.join(remote.folder("embeddings"), "000001.npy"))
     storage.remove(storage.join(remote.folder("shards"), "000000.parquet"))
     assert set(faults(remote)) == {"embeddings/000001.npy", "shards/000000.parquet"}
-
-
-def test_a_fault_of_this_machine_is_no_fault_of_the_data(copied, s3, tmp_path, monkeypatch):
-    for name, data in synthetic.files_below(Path(copied.root)).items():
-        storage.put_bytes(data, storage.join(s3, name))
-    cache = tmp_path / "open_cache"
-    cache.mkdir(mode=0o755)
-    monkeypatch.setenv("RDM_CACHE", str(cache))
-    remote = type(copied)(s3, copied.name, copied.version)
-    with pytest.raises(PermissionError, match="open_cache is open to other users"):
-        faults(remote)
-    cache.chmod(0o700)
-    assert faults(remote) == {}
