@@ -280,13 +280,13 @@ def run_evaluate(options: EvaluateOptions) -> int:
     judging = StyleClassifierStage(run, dataset, databases, options.evaluate.judge_steps)
     request = (judging, train_database, options.checkpoint, options.embed.clip(), options.evaluate, options.sample,
                options.prompt)
-    plan_ways(*request)  # what is impossible is refused before the judges are trained
+    planned = plan_ways(*request)  # what is impossible is refused before the judges are trained
     stage = options.stage
     if options.common.dry_run:
         return print_forecast(judging, options, options.cluster)
     with open_runner(options.common, options.cluster) as runner:
         run_observed(judging, runner, trackers=stage.tracker, overwrite=stage.overwrite)
-        evaluation = Evaluation(*request, options.name)
+        evaluation = Evaluation(*request, planned, options.name)
         run_observed(evaluation, runner, trackers=stage.tracker, overwrite=stage.overwrite)
     _log.info("evaluate: images, plot and numbers are in %s", evaluation.folder)
     if stage.json:

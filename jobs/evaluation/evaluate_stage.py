@@ -94,7 +94,10 @@ class Evaluation(Stage):
     workers_need_gpu = True
 
     def __init__(self, judging: StyleClassifierStage, mixed: Dataset, step: int, encoder: ClipConfig,
-                 config: EvaluateConfig, how: SampleConfig, prompts: tuple[str, ...] = (), name: str = "") -> None:
+                 config: EvaluateConfig, how: SampleConfig, prompts: tuple[str, ...],
+                 planned: tuple[Sequence[str], list[tuple[StyleRequest, int]]], name: str = "") -> None:
+        """`planned`: what `plan_ways` gives for the arguments before it."""
+        self.planned = planned
         self.judging, self.run, self.databases = judging, judging.run, judging.databases
         self.mixed, self.encoder, self.how, self.prompts = mixed, encoder, how, prompts
         self.step = step or self.run.latest_step()
@@ -127,8 +130,7 @@ class Evaluation(Stage):
         return inputs
 
     def plan(self) -> list[Item]:
-        prompts, ways = plan_ways(self.judging, self.mixed, self.step, self.encoder, self.config, self.how,
-                                  self.prompts)
+        prompts, ways = self.planned
         items = []
         for way, count in ways:
             # A request without a style runs once.
