@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,13 +33,15 @@ def _shard(images: Path, root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1.5, 2.5])
-def test_ctrl_c_ends_with_one_sentence(images: Path, tmp_path: Path, seconds: float) -> None:
-    # With Ray, so that the command is not done before the signal.
-    process = subprocess.Popen(_shard(images, tmp_path / "root"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[0]
+def test_ctrl_c_ends_with_one_sentence(tmp_path: Path, seconds: float) -> None:
+    urls = tmp_path / "urls.txt"
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # never answers, so the command cannot be done before
+        urls.write_text(f"http://127.0.0.1:{silent.getsockname()[1]}/a.png\n")
+        process = subprocess.Popen([*_shard(urls, tmp_path / "root"), "--allow-hosts", "127.0.0.1"],
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "Traceback" not in said
     assert len(re.findall(r"^stopped", said, re.MULTILINE)) == 1
 
