@@ -67,17 +67,18 @@ def check_unpublished(stage: "Stage", overwrite: bool) -> None:
     DamagedFile if a published version has lost the stage: made again, it would have another hash than the release says.
     """
     from jobs.publishing.whole_versions import find_replacement, is_signed, refuse_removed
-    from pipeline.datasets.dataset import Dataset
-    from pipeline.releases import published, release_files
+    from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
+    from pipeline.releases import release_files
+    from pipeline.releases.published import Published
     parts = stage.path.split("/")
-    if parts[0] != "datasets" or parts[3] not in published.STAGES:
+    if parts[0] != "datasets" or parts[3] not in RELEASED_STAGES:
         return
     dataset, stage_name = Dataset(stage.root, parts[1], parts[2]), parts[3]
     refuse_removed(dataset, stage_name)
     release, sealed = release_files.read_release(dataset)[0], dataset.is_sealed(stage_name)
     if release is None or (sealed and not overwrite):
         return
-    current = published.Published.load(dataset.root, dataset.name)
+    current = Published.load(dataset.root, dataset.name)
     if not sealed and stage_name in release["manifests"]:
         command = find_replacement(current, dataset.version)
         raise storage.DamagedFile(f"{dataset.name}@{dataset.version} was published, and the manifest of its "

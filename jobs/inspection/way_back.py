@@ -10,9 +10,9 @@ from jobs.publishing.whole_versions import (
     list_publications,
 )
 from pipeline import storage
-from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
 from pipeline.datasets.names import is_name
-from pipeline.releases import published, release_files
+from pipeline.releases import release_files
 from pipeline.releases.published import Published
 from pipeline.releases.signatures import ReleaseKeys
 from pipeline.storage import DamagedFile
@@ -68,7 +68,7 @@ def _mend_dataset(root: str, name: str, kind: str, rest: list[str], keys: Releas
     if kind == "published" or is_unpublished or (
             version == "current.json" and (find_false_facts(current, current.document) or find_later_base(current))):
         return f"python -m jobs repair {name}{current.repair_options()}"
-    if stage in published.STAGES or stage == "release.json" or version == "current.json":
+    if stage in RELEASED_STAGES or stage == "release.json" or version == "current.json":
         if version in {current.version, "current.json"}:
             return find_way_back(current)
         if (version in list_publications(current) or version in find_references(current)

@@ -17,7 +17,8 @@ from jobs.publishing.whole_versions import (
     list_publications,
 )
 from pipeline import storage
-from pipeline.datasets.dataset import Dataset, datasets
+from pipeline.datasets.dataset import RELEASED_STAGES, Dataset, datasets
+from pipeline.datasets.names import version_number
 from pipeline.releases import published, release_files
 from pipeline.releases.history import list_copies, read_entry
 from pipeline.releases.published import Published
@@ -115,7 +116,7 @@ def _check_versions(current: Published, *, quick: bool) -> Iterator[Fault]:
     released = {version for version in folders
                 if release_files.has_release(Dataset(current.root, current.name, version))}
     listed = {document["version"] for document in current.history()}
-    versions = sorted(released | listed, key=published.version_number)
+    versions = sorted(released | listed, key=version_number)
     checks = storage.map_urls(partial(_check_version, current, quick=quick), versions, threads=16 if quick else 1)
     yield from itertools.chain.from_iterable(checks)
     for version in folders:
@@ -138,7 +139,7 @@ def _check_version(current: Published, version: str, *, quick: bool) -> list[Fau
         return [_fault(f"{base}/release.json", error)]
     stages = dict(dataset.trusted)
     checks: list[tuple[str, Callable[[], Any]]] = [(name, partial(dataset.manifest, name)) for name in stages]
-    checks += [(name, partial(dataset.is_sealed, name)) for name in published.STAGES if name not in stages]
+    checks += [(name, partial(dataset.is_sealed, name)) for name in RELEASED_STAGES if name not in stages]
     checks.append(("forgotten.json", partial(_check_hidden_rows, dataset, quick=quick)))
     checks += [(name, partial(_refuse_odd, storage.join(current.root, base, name))) for name in _CONTROL_FILES]
     faults = []

@@ -16,9 +16,10 @@ from jobs.publishing.whole_versions import find_fault, find_replacement, find_wa
 from jobs.telemetry import tables
 from jobs.telemetry.units import format_bytes
 from pipeline import storage
-from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
+from pipeline.datasets.names import version_number
 from pipeline.datasets.pointer import parse_pointer, read_pointer
-from pipeline.releases import published, version_marks
+from pipeline.releases import version_marks
 from pipeline.releases.published import Published
 from pipeline.stages.documents import check_record
 from pipeline.stages.manifest import read_manifest
@@ -117,7 +118,7 @@ def _choose(current: Published, config: GcConfig, now: float) -> list[dict[str, 
             return f"one of the newest {config.keep}"
         dataset = Dataset(root, name, version)
         if (version not in past and not storage.exists(storage.join(current.folder, version, "rebuild.json"))
-                and any(dataset.is_sealed(stage) for stage in published.STAGES)):
+                and any(dataset.is_sealed(stage) for stage in RELEASED_STAGES)):
             return "not made by rebuild"
         return "leased" if now - _last_used(current, version) < 3600 * config.lease else ""
 
@@ -153,7 +154,7 @@ def _keep_unreadable(current: Published, versions: list[dict[str, Any]]) -> set[
                 last_unreadable = entry["version"]
                 _log.warning("gc: %s@%s cannot be read: %s", current.name, last_unreadable, entry["unreadable"])
     for entry in versions:
-        if not entry["kept"] and published.version_number(entry["version"]) < published.version_number(last_unreadable):
+        if not entry["kept"] and version_number(entry["version"]) < version_number(last_unreadable):
             entry["kept"] = f"{last_unreadable} cannot be read and may need its files"
     return stays
 
@@ -182,7 +183,7 @@ def _last_used(current: Published, version: str) -> float:
         return since
     base = storage.join(current.folder, version)
     times = [0.0]
-    for path in ("rebuild.json", "gates.json", *(f"{stage}/{file}" for stage in published.STAGES for file in
+    for path in ("rebuild.json", "gates.json", *(f"{stage}/{file}" for stage in RELEASED_STAGES for file in
                                                  ("plan.json", "progress.json", "manifest.json"))):
         try:
             times.append(storage.modified_time(storage.join(base, path)))
@@ -194,7 +195,7 @@ def _last_used(current: Published, version: str) -> float:
 def files_of(root: str, name: str, version: str) -> set[str]:
     """URLs of the files that the manifests and plans of a version name."""
     urls, dataset = set(), Dataset(root, name, version)
-    for stage_name in published.STAGES:
+    for stage_name in RELEASED_STAGES:
         folder = dataset.folder(stage_name)
         is_sealed = dataset.is_sealed(stage_name)
         if manifest := _read_sealed(folder) if is_sealed else None:
@@ -264,7 +265,7 @@ def _is_being_published(current: Published, dataset: Dataset, mark: bytes | None
     sequences = [document["sequence"] for document in current.history() if document["version"] == dataset.version]
     if sequence is None or any(number >= sequence for number in sequences):
         return False
-    if not sequences and published.version_number(dataset.version) < current.number:
+    if not sequences and version_number(dataset.version) < current.number:
         return False  # a rebuild does not publish a version that is older than the published one
     return now - version_marks.mark_time(dataset) < _PUBLISHING_S
 

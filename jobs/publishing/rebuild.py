@@ -19,14 +19,15 @@ from jobs.publishing.consumers import list_consumer_encoders
 from jobs.publishing.whole_versions import find_release_fault
 from jobs.telemetry import logs
 from pipeline import storage
-from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
+from pipeline.datasets.names import version_number
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.extend import Drifted, Extension
 from pipeline.indices.index import Index, build_index
 from pipeline.indices.searcher import search_kind
-from pipeline.releases import published, release_files, version_marks
+from pipeline.releases import release_files, version_marks
 from pipeline.releases.published import Published
 from pipeline.releases.release_files import find_missing_files
 from pipeline.releases.signatures import ReleaseKeys, read_release_keys
@@ -109,7 +110,7 @@ class Rebuild:
         fault = ""
         try:
             base = before.open()
-            tuple(map(base.is_sealed, published.STAGES))  # refuses one that the signature does not name
+            tuple(map(base.is_sealed, RELEASED_STAGES))  # refuses one that the signature does not name
             read = self.config.full or self.config.thorough
             if missing := find_missing_files(base, dict(base.trusted), read=read):
                 fault = f"{len(missing)} files are missing or changed, the first is {missing[0]}"
@@ -145,7 +146,7 @@ class Rebuild:
         past = {document["version"] for document in Published.load(self.root, self.name, self.keys).history()}
         broken = set()
         for version in reversed(self.before.versions()):
-            if published.version_number(version) <= self.before.number or self._is_gone(version):
+            if version_number(version) <= self.before.number or self._is_gone(version):
                 continue
             earlier = self._claimed(version)
             if earlier == claim and version not in past and (
@@ -171,7 +172,7 @@ class Rebuild:
         base = storage.join(self.before.folder, version)
         return self._is_gone(version) or (self._claimed(version) is None and any(
             storage.exists(storage.join(base, file))
-            for file in ("release.json", *(f"{stage}/plan.json" for stage in published.STAGES))))
+            for file in ("release.json", *(f"{stage}/plan.json" for stage in RELEASED_STAGES))))
 
     def _is_gone(self, version: str) -> bool:
         return version_marks.is_removing(Dataset(self.root, self.name, version))
@@ -263,7 +264,7 @@ class Rebuild:
         If another command published a later build in the meantime, that one stays. If it published an earlier build,
         the gates compare with that.
         """
-        number = published.version_number(dataset.version)
+        number = version_number(dataset.version)
         while True:
             before = Published.load(self.root, self.name, self.keys)
             if before.version == dataset.version:

@@ -16,8 +16,9 @@ from jobs.publishing.whole_versions import (
 )
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.names import version_number
 from pipeline.datasets.pointer import DamagedPointer, parse_pointer, read_pointer
-from pipeline.releases import published, release_files
+from pipeline.releases import release_files
 from pipeline.releases.history import entry_number, list_history, read_entry, restore_places
 from pipeline.releases.last_seen import SIGNED, read_last_seen
 from pipeline.releases.published import Published
@@ -278,7 +279,7 @@ def _publications(root: str, name: str, keys: ReleaseKeys) -> Iterator[dict[str,
 def _from_releases(root: str, name: str) -> Iterator[dict[str, Any]]:
     """The pointers that would name the releases, the newest first: a substitute for a lost history."""
     versions = storage.list_folders(storage.join(root, "datasets", name))
-    for version in sorted(versions, key=published.version_number, reverse=True):
+    for version in sorted(versions, key=version_number, reverse=True):
         try:
             release, data = release_files.read_release(Dataset(root, name, version))
         except ValueError as error:

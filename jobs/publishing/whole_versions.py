@@ -8,7 +8,8 @@ from typing import Any
 from jobs.publishing.consumers import find_consumers
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
-from pipeline.releases import published, release_files, version_marks
+from pipeline.datasets.names import version_number
+from pipeline.releases import release_files, version_marks
 from pipeline.releases.published import Published
 from pipeline.releases.release_files import find_missing_files
 from pipeline.storage import DamagedFile
@@ -53,10 +54,10 @@ def find_later_base(current: Published) -> str:
     """
     if current.keys.accepted:  # it trusts signed publications alone, and releases have no signature of their own
         return ""
-    newest = max((published.version_number(document.get(key) or "") for document in current.history()
+    newest = max((version_number(document.get(key) or "") for document in current.history()
                   for key in ("version", "previous", "rolled_back")), default=0)
     return next((f"is an older one: {said}, and no publication names {version}"
-                 for version, said in find_references(current).items() if published.version_number(version) > newest
+                 for version, said in find_references(current).items() if version_number(version) > newest
                  ), "")
 
 
@@ -145,7 +146,7 @@ def find_earlier_version(current: Published) -> tuple[str, dict[str, str]]:
     """The newest undamaged version before the published one ("" if none), and the faults of later versions."""
     faults: dict[str, str] = {}
     for version, document in reversed(list_publications(current).items()):
-        if published.version_number(version) < current.number and not is_removed(current.root, current.name, version):
+        if version_number(version) < current.number and not is_removed(current.root, current.name, version):
             if not (fault := find_fault(current, document)):
                 return version, faults
             faults[version] = fault

@@ -11,14 +11,15 @@ later version gets a number that readers have seen. Readers with a public key ch
 """
 
 import hashlib
-import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from pipeline import storage
-from pipeline.datasets.dataset import RELEASED_STAGES, Dataset, refuse_unknown
+from pipeline.datasets.dataset import Dataset, refuse_unknown
+from pipeline.datasets.names import version_number
 from pipeline.datasets.pointer import DamagedPointer, parse_pointer, read_pointer
 from pipeline.releases import version_marks
 from pipeline.releases.history import (
@@ -50,9 +51,6 @@ from pipeline.releases.signatures import NO_KEYS, ReleaseKeys, read_release_keys
 from pipeline.stages.documents import check_release
 from pipeline.stages.types import StageFailed
 from pipeline.storage import DamagedFile
-
-STAGES = RELEASED_STAGES
-_NUMBERED = re.compile(r"v([1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -190,19 +188,26 @@ class Published:
 
     def _open(self, dataset: Dataset, sha256: str) -> Dataset:
         data = read_release_bytes(dataset)
-        if data is None and version_marks.is_removing(dataset):  # gc keeps the release
-            raise DamagedFile(f"{dataset.name}@{dataset.version} was removed on "
-                              f"{_date(version_marks.mark_time(dataset))}\nhint: python -m jobs versions {self.name}")
+        if data is None:
+            self._refuse_removed(dataset)
         if data is None or hashlib.sha256(data).hexdigest() != sha256:
             fault = "is missing" if data is None else "is not the one that was published: it was changed"
             raise DamagedFile(f"the release of {dataset.name}@{dataset.version} {fault}\n"
                               f"hint: python -m jobs verify --quick --only datasets/{dataset.name}")
         release = check_release(storage.parse_json(data, release_url(dataset)), release_url(dataset))
+        if dataset.version != self.version:
+            self._refuse_removed(dataset, release["manifests"])
         listed = self.document.get("takedown_list", {})
         takedowns = max(self.document.get("takedowns", 0), count_seen_takedowns(self.root, self.name))
         return Dataset(dataset.root, dataset.name, dataset.version, tuple(sorted(release["manifests"].items())),
                        takedowns, (listed.get("requests", 0), listed.get("sha256", "")),
                        bool(self.keys.accepted))
+
+    def _refuse_removed(self, dataset: Dataset, manifests: Mapping[str, str] | None = None) -> None:
+        """DamagedFile if a version is marked for removal, and not all of its `manifests` are there."""
+        if version_marks.is_removing(dataset) and (manifests is None or find_changed_manifests(dataset, manifests)):
+            raise DamagedFile(f"{dataset.name}@{dataset.version} was removed on "
+                              f"{_date(version_marks.mark_time(dataset))}\nhint: python -m jobs versions {self.name}")
 
     def history(self) -> list[dict[str, Any]]:
         """Every current.json that there was, the oldest first, this one included."""
@@ -392,9 +397,3 @@ def _date(seconds: float) -> str:
 def _untrusted(name: str, version: str, fault: str) -> str:
     return (f"{name}@{version} {fault}, and RDM_RELEASE_KEY or --key accepts only signed versions\n"
             f"hint: python -m jobs rebuild {name} --source SOURCE --sign KEYFILE")
-
-
-def version_number(version: str) -> int:
-    """The number in a version's name: 3 of v3, 0 of others."""
-    match = _NUMBERED.fullmatch(version)
-    return int(match[1]) if match else 0

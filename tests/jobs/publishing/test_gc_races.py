@@ -15,7 +15,7 @@ from jobs.publishing.releases import list_versions, rollback
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.releases import version_marks
-from pipeline.releases.published import Published
+from pipeline.releases.published import Published, open_dataset
 from pipeline.stages import seal as seal_module
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
@@ -210,6 +210,7 @@ def test_a_mark_alone_removes_no_version_that_stays(place: Path, caplog: pytest.
     rebuild(place / "root", place / "source", full=True)
     first = Dataset(str(place / "root"), NAME, "v1")
     assert version_marks.mark_removing(first, version_marks.read_mark(first))
+    assert open_dataset(str(place / "root"), f"{NAME}@v1").is_sealed("shards")
     kept = {entry["version"]: entry["kept"] for entry in collect_garbage(str(place / "root"), NAME, GcConfig(keep=3))}
     assert kept == {"v1": "one of the newest 3", "v2": "published"}
     assert "v1 was marked for removal and stays" in caplog.text

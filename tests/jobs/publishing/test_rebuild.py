@@ -340,6 +340,8 @@ def test_unusual_commands_have_clear_results(place: Path, capsys: pytest.Capture
     assert "v1 was removed" not in capsys.readouterr().err
     assert main(["rollback", NAME, "--to", "v1", "--root", root]) == 2
     assert "v1 was removed" in capsys.readouterr().err
+    assert main(["search", f"{NAME}@v1", "red", "--root", root]) == 1
+    assert f"{NAME}@v1 was removed on 20" in capsys.readouterr().err
 
 
 def test_missing_files_of_a_captions_table_count_as_removed(place: Path, caplog: pytest.LogCaptureFixture) -> None:
