@@ -25,6 +25,7 @@ from pipeline.stages.types import StageFailed
 _log = logging.getLogger(__name__)
 _NO_WAY = "hint: --root must be a place where this user may read and write, and TMPDIR too"
 _GO_ON = "hint: nothing that is recorded is lost; the same command continues from here"
+_FREE = "hint: make room there; gc and rm need a few kB too; the same command continues from here"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,11 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         if isinstance(error, BrokenPipeError) and _unheard():
             return 0
-        text = storage.disk_full_message(error) or storage.denial_message(error) or str(error)
+        full = storage.disk_full_message(error)
+        text = full or storage.denial_message(error) or str(error)
         if "hint:" not in text and (sentence := devices.failure_hint(error)):
             text = f"{text.splitlines()[0]}\n{sentence}"
         if "hint:" not in text:
-            text += f"\n{_NO_WAY if getattr(error, 'errno', 0) in {errno.EROFS, errno.EACCES, errno.EPERM} else _GO_ON}"
+            denied = getattr(error, "errno", 0) in {errno.EROFS, errno.EACCES, errno.EPERM}
+            text += f"\n{_FREE if full else _NO_WAY if denied else _GO_ON}"
         logs.log_exit(storage.redact_credentials(_fit_hint(text, arguments)), exit=1)
         return 1
     except KeyboardInterrupt:

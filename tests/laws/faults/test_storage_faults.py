@@ -65,6 +65,7 @@ def test_a_full_disk_is_named_and_damages_nothing(size: str, small_disk: Any, tm
     text = capsys.readouterr().err
     assert f"no space is left on the disk of {root}" in text and "hint: " in text and "Traceback" not in text
     assert text.count("error: ") == 1 and "the same command continues" in text
+    assert "hint: make room there" in text
     for name in storage.list_files(storage.join(shards_folder(root), "records")):
         for entry in storage.read_json(storage.join(shards_folder(root), "records", name))["files"]:
             assert entry == storage.describe_file(entry["name"], Path(shards_folder(root)) / entry["name"])
