@@ -13,8 +13,13 @@ from PIL import Image
 
 from jobs.cli.main import main
 from jobs.evaluation import summary
+from jobs.evaluation.evaluation_data import evaluation_data
 from jobs.evaluation.held_out import held_out_captions, rows_with_captions
+from jobs.evaluation.judge_stage import StyleClassifierStage
+from jobs.runs.run import Run
 from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.metadata import metadata
+from pipeline.stages.driver import run_stage
 
 STYLES = ("flat", "hatched", "outline")
 FEW = ["--prompts", "2", "--judge-steps", "80", "--steps", "3", "--sweep-k", "1", "--sweep-guidance", "1.5",
@@ -188,3 +193,15 @@ def test_a_lost_takedown_list_is_refused_before_judges_are_trained(
     assert _evaluate(unjudged_root) == 1
     assert "forgotten.json is missing or was replaced" in capsys.readouterr().err
     assert not (unjudged_root / "runs/small/judges").exists()
+
+
+def test_a_judge_does_not_learn_hidden_images(unjudged_root: Path, tmp_path: Path) -> None:
+    root, flat = str(unjudged_root), Dataset.parse(str(unjudged_root), "flat")
+    record = flat.manifest("shards")["items"][0]
+    (tmp_path / "keys").write_text(f"{metadata(flat, record, ['key'])[5]['key']}\n")
+    assert main(["index", "flat", "--tombstone", str(tmp_path / "keys"), "--root", root, "--local"]) == 0
+    run = Run.parse(root, "small")
+    dataset, _, databases = evaluation_data(run, STYLES)
+    info = run_stage(StyleClassifierStage(run, dataset, databases, steps=2))["info"]
+    rows = sum(record["samples"] for record in flat.manifest("shards")["items"])
+    assert [style["seen"] + style["held_out"] for style in info["styles"]] == [rows - 1, rows, rows]
