@@ -3,6 +3,7 @@
 Each check runs in a thread. Checks of torch, Ray and the store run in separate processes, which may crash or hang.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -36,6 +37,7 @@ from pipeline.hardware.memory import machine_memory
 _PROJECT = "retrieval-diffusion"
 _CODE = Path(__file__).parents[2]
 _PROCESS_S, _REQUEST_S = 15.0, 5.0  # limits of a check in a process, and of a request
+_LOOK_AGAIN_S = 0.1
 _SKEW_S = 300.0  # S3 refuses requests whose clock differs by more than 15 minutes
 _LEAST_DISK, _USUAL_DISK = 1 << 30, 20 << 30
 _LEAST_MEMORY, _USUAL_MEMORY = 2 << 30, 8 << 30
@@ -55,6 +57,7 @@ from jobs.cluster.connect import cluster_resources
 there = cluster_resources()
 print(f"{there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs")
 """
+_processes: set["subprocess.Popen[str]"] = set()  # those of the checks that run
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,14 @@ def run_checks(root: str) -> list[Diagnosis]:
         check_packages, check_devices, check_ray, partial(check_root, root), partial(check_disk, root), check_memory,
         partial(check_clock, root), check_ports, check_cache, check_index]
     with ThreadPoolExecutor(len(checks)) as pool:
-        return list(pool.map(lambda check: check(), checks))
+        results = [pool.submit(check) for check in checks]
+        try:
+            return [result.result() for result in results]
+        except BaseException:  # Ctrl-C must not wait for the processes; a check may still start one
+            while wait(results, _LOOK_AGAIN_S).not_done:
+                for process in tuple(_processes):
+                    _end_process(process)
+            raise
 
 
 def checks_text(checks: list[Diagnosis]) -> str:
@@ -297,15 +307,23 @@ def _run(command: list[str], **variables: str) -> tuple[int, str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                text=True, errors="replace", start_new_session=True, env=environment)
+    _processes.add(process)
     try:
         text, _ = process.communicate(timeout=_PROCESS_S)
         return process.returncode, text
     except subprocess.TimeoutExpired:
         return _TOO_SLOW, f"no answer within {_PROCESS_S:.0f} s (load {os.getloadavg()[0]:.0f}, {os.cpu_count()} cores)"
     finally:
-        if process.poll() is None:
+        _end_process(process)
+        process.wait()
+        _processes.discard(process)
+
+
+def _end_process(process: "subprocess.Popen[str]") -> None:
+    """End a process and its children, if it runs."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def _failure(code: int) -> Literal["warning", "failed"]:

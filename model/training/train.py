@@ -68,7 +68,8 @@ def train(
 
     save(step, write): called on rank 0 every `checkpoint_every` steps and at the end. write(folder) writes a complete
     checkpoint.
-    log(record): called on rank 0 every `log_every` steps. The loss is the mean over the global batch and the interval.
+    log(record): called on rank 0 every `log_every` steps and after the last one. The loss is the mean over the global
+    batch and the interval.
     validate(step, network): called with the averaged network every `validate_every` steps. Its result is logged. Either
     all processes pass it, or none.
     watch(step, loss): called after each update, in any process that has one.
@@ -102,7 +103,7 @@ def train(
             done = _update(config, network, state, inputs.to(device), leave)
             if watch:
                 watch(state.step, done.loss)
-            record = meter.add(state.step, done, waited, inputs)
+            record = meter.add(state.step, done, waited, inputs, last=done.leaving or state.step == config.steps)
             if record and rank == 0:
                 log(record)
             if validate and (state.step % every == 0 or state.step == config.steps):
@@ -291,12 +292,12 @@ class _Meter:
         yield
         self.since += time.perf_counter() - started
 
-    def add(self, step: int, done: _StepResult, waited: float, inputs: Inputs) -> dict[str, Any] | None:
-        """Count a finished step. Returns a record at the end of an interval."""
+    def add(self, step: int, done: _StepResult, waited: float, inputs: Inputs, *, last: bool) -> dict[str, Any] | None:
+        """Count a finished step. Returns a record at the end of an interval, which the last step ends too."""
         self.losses.append(done.loss)
         self.by_level += done.by_level
         self.waited += waited
-        if step % self.config.log_every:
+        if step % self.config.log_every and not last:
             return None
         now, count = time.perf_counter(), len(self.losses)
         seconds = max(now - self.since, 1e-9)

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -59,6 +60,23 @@ def test_a_slow_check_is_ended_with_its_children(monkeypatch: pytest.MonkeyPatch
     assert doctor._failure(-1) == "failed" == doctor._failure(1)
     monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 0.0, 0.0))
     assert doctor._failure(-1) == "warning" and doctor._failure(1) == "failed"
+
+
+def test_ctrl_c_ends_the_checks_with_their_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_PROCESS_S", 120.0)
+    monkeypatch.setattr(doctor, "_RAY", "import subprocess; subprocess.run(['sleep', '100'])")
+    monkeypatch.setattr(doctor, "_TORCH", "import time; time.sleep(100)")
+    came = []
+
+    def interrupt() -> None:
+        came.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Timer(1.0, interrupt)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        doctor.run_checks(str(tmp_path))
+    assert time.monotonic() - came[0] < 8 and not doctor._processes
 
 
 def test_unusable_folders_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

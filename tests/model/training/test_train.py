@@ -168,6 +168,20 @@ def test_a_record_has_losses_by_noise_level_and_machine_metrics(tmp_path):
         assert "mfu" not in record  # the peak of this processor is unknown
 
 
+@pytest.mark.parametrize(("log_every", "stop_at", "steps"), [(4, 99, [4, 6]), (50, 99, [6]), (50, 3, [3])])
+def test_the_last_step_is_logged(tmp_path, log_every, stop_at, steps):
+    _, every = _run(toy_run.config(steps=6), tmp_path / "every")
+    reached: list[int] = []
+    _, records = _run(toy_run.config(steps=6, log_every=log_every), tmp_path / "some",
+                      watch=lambda step, _: reached.append(step), stop=lambda: len(reached) + 1 >= stop_at)
+    assert [record["step"] for record in records] == steps
+    first = 0
+    for record in records:  # each loss is the mean of its own interval
+        losses = [one["loss"] for one in every[first:record["step"]]]
+        assert record["loss"] == pytest.approx(sum(losses) / len(losses))
+        first = record["step"]
+
+
 def test_waiting_for_data_is_logged(tmp_path):
     ready = toy_run.batches(8)
     _, records = _run(toy_run.config(steps=6, log_every=3), tmp_path / "fast")
