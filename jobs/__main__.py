@@ -45,8 +45,8 @@ def run_program() -> None:
             from jobs.cli.options import STOPPED
             from jobs.telemetry import heartbeat
             from jobs.telemetry.live_line import is_live
-        interrupts.handle_ctrl_c()
         interrupts.end_for_certain(log_stopped, STOPPED)
+        interrupts.handle_ctrl_c()
         if os.environ.get("RANK", "0") == "0":  # one of the processes that torchrun starts is enough
             heartbeat.start(sys.argv[1] if len(sys.argv) > 1 else "help", is_live)
         said = ""  # `main` says it

@@ -130,5 +130,5 @@ def open_root(address: str) -> Root:
     root = storage.normalize(address)
     if not any(storage.list_folders(storage.join(root, folder)) for folder in ("datasets", "runs")):
         raise ValueError(f"{storage.redact_credentials(root)} holds no datasets and no runs\n"
-                         f"hint: python -m jobs style NAME --source FOLDER --root ROOT")
+                         f"hint: python -m jobs style NAME --source FOLDER --root {storage.quote(root)}")
     return Root(root)

@@ -16,6 +16,7 @@ from pipeline import storage
 
 if TYPE_CHECKING:
     from jobs.config.settings import Settings
+    from pipeline.datasets.dataset import Dataset
 
 _log = logging.getLogger(__name__)
 Run = Callable[[Any], int]
@@ -44,6 +45,9 @@ _READ_A_ROOT = {"embed", "score", "index", "neighbors", "latents", "train", "eva
 """Verbs that need a root with a dataset or a run."""
 _READ_A_RUN = {"evaluate", "export"}
 """Verbs that need a run. `sample` checks its run itself, because its first word may be a prompt."""
+ABOUT_ALL_VERSIONS = {"rebuild": " --source SOURCE", "style": " --source SOURCE", "rollback": " --to {}",
+                      "gc": " --keep 3", "versions": "", "repair": ""}
+"""Verbs that take no version of a dataset, and what follows the name in their hint."""
 _FILES = ("image", "prompts", "tombstone", "adopt", "checkpoint")
 """Flags with the path of a file or folder to read, of the verbs where their values are texts."""
 _LOOK = {*GROUPS["watch"], "search", "versions"}
@@ -153,17 +157,32 @@ def _check_files(options: Any) -> None:
             check_path(path)
 
 
-def _check_names(verb: str, options: Any) -> None:
-    """ValueError if the command reads a dataset that does not exist, or makes one without a valid name."""
-    from pipeline.datasets.dataset import Dataset, refuse_unknown
+def check_names(verb: str, options: Any) -> list["Dataset"]:
+    """The datasets that a command names. ValueError if a name of a dataset or a run is invalid."""
+    from jobs.runs.run import Run
+    from pipeline.datasets.dataset import Dataset
+    named = []
     for role in ("dataset", "database", "validation"):
         value: str | tuple[str, ...] = getattr(options, role, ())
         for text in filter(None, (value,) if isinstance(value, str) else value):
-            for part in text.split("+"):
-                dataset = Dataset.parse(options.common.root, part.partition(":")[0])
-                if verb in _READ_A_ROOT:
-                    command = dataset.command("shards") if verb == "embed" else "python -m jobs ls"
-                    refuse_unknown(dataset.root, dataset.name, command)
+            named += [Dataset.parse(options.common.root, part.partition(":")[0]) for part in text.split("+")]
+    if verb in ABOUT_ALL_VERSIONS and "@" in options.dataset:
+        name, _, version = options.dataset.partition("@")
+        raise ValueError(f"{options.dataset}: {verb} is about all versions of a dataset: expected {name}, got a "
+                         f"version\nhint: python -m jobs {verb} {name}{ABOUT_ALL_VERSIONS[verb].format(version)}")
+    for run in (getattr(options, "run", "") if verb != "sample" else "", getattr(options, "train_run", "")):
+        if run:
+            Run.parse(options.common.root, run)
+    return named
+
+
+def _check_names(verb: str, options: Any) -> None:
+    """ValueError if a name is invalid, or if the command reads a dataset that does not exist."""
+    from pipeline.datasets.dataset import refuse_unknown
+    for dataset in check_names(verb, options):
+        if verb in _READ_A_ROOT:
+            command = dataset.command("shards") if verb == "embed" else "python -m jobs ls"
+            refuse_unknown(dataset.root, dataset.name, command)
 
 
 def flags_of(verb: str, words: Sequence[str]) -> Sequence[str]:

@@ -66,9 +66,6 @@ def _open_rebuild(options: RebuildOptions) -> "Rebuild":
     from jobs.publishing.rebuild import Rebuild
     from pipeline.datasets.dataset import Dataset
     root, name = storage.normalize(options.common.root), Dataset.parse(options.common.root, options.dataset).name
-    if "@" in options.dataset:
-        raise ValueError(f"{options.dataset}: a rebuild makes the next version itself\n"
-                         f"hint: python -m jobs rebuild {name} --source SOURCE")
     check_rebuild(options)
     return Rebuild(root, name, options.shard, options.embed, options.index, options.rebuild, options.signing.keys())
 
@@ -168,13 +165,12 @@ class VersionsOptions:
 def run_versions(options: VersionsOptions) -> int:
     from jobs.publishing.releases import list_versions, versions_table
     from pipeline.releases.published import Published
-    name = _dataset_name(options.common.root, options.dataset, f"versions {options.dataset.split('@')[0]}")
-    versions = list_versions(options.common.root, name)
+    versions = list_versions(options.common.root, options.dataset)
     output.print_answer(versions, lambda: versions_table(versions), as_json=options.json)
-    current = Published.load(options.common.root, name)
+    current = Published.load(options.common.root, options.dataset)
     if not current.version:
-        why = f"{name} was removed" if current.is_removed else f"nothing of {name} is published"
-        _log.info("versions: %s\nhint: python -m jobs rebuild %s --source SOURCE", why, name)
+        why = f"{options.dataset} was removed" if current.is_removed else f"nothing of {options.dataset} is published"
+        _log.info("versions: %s\nhint: python -m jobs rebuild %s --source SOURCE", why, options.dataset)
     return 0
 
 
@@ -195,9 +191,7 @@ class RollbackOptions:
 
 def run_rollback(options: RollbackOptions) -> int:
     from jobs.publishing.releases import rollback
-    plain, _, version = options.dataset.partition("@")
-    name = _dataset_name(options.common.root, options.dataset, f"rollback {plain} --to {version}")
-    result = rollback(options.common.root, name, options.to, dry_run=options.common.dry_run,
+    result = rollback(options.common.root, options.dataset, options.to, dry_run=options.common.dry_run,
                       keys=options.signing.keys())
     output.print_document(result, as_json=options.json)
     return 0
@@ -222,8 +216,7 @@ class RepairOptions:
 
 def run_repair(options: RepairOptions) -> int:
     from jobs.publishing.repair import repair
-    name = _dataset_name(options.common.root, options.dataset, f"repair {options.dataset.split('@')[0]}")
-    result = repair(options.common.root, name, dry_run=options.common.dry_run, keys=options.signing.keys(),
+    result = repair(options.common.root, options.dataset, dry_run=options.common.dry_run, keys=options.signing.keys(),
                     accept_lost_requests=options.accept_lost_requests,
                     accept_lost_publications=options.accept_lost_publications)
     output.print_document(result, as_json=options.json)
@@ -245,21 +238,10 @@ class GcOptions:
 
 def run_gc(options: GcOptions) -> int:
     from jobs.publishing.garbage_collect import collect_garbage, refuse_unreadable, removed_table
-    name = _dataset_name(options.common.root, options.dataset, f"gc {options.dataset.split('@')[0]} --keep 3")
-    removed = collect_garbage(options.common.root, name, options.gc, dry_run=options.common.dry_run)
+    removed = collect_garbage(options.common.root, options.dataset, options.gc, dry_run=options.common.dry_run)
     output.print_answer(removed, lambda: removed_table(removed, options.common.dry_run), as_json=options.json)
-    refuse_unreadable(options.common.root, name, removed)
+    refuse_unreadable(options.common.root, options.dataset, removed)
     return 0
-
-
-def _dataset_name(root: str, text: str, hint: str) -> str:
-    """The name of a dataset, for verbs about all its versions. ValueError if `text` names a version."""
-    from pipeline.datasets.dataset import Dataset, refuse_unknown
-    name = Dataset.parse(root, text).name
-    refuse_unknown(storage.normalize(root), name)
-    if "@" in text:
-        raise ValueError(f"{text}: this is about all versions of {name}\nhint: python -m jobs {hint}")
-    return name
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from jobs.cli.options import STOPPED, Words
-from jobs.cli.parse import parse_command
+from jobs.cli.parse import ABOUT_ALL_VERSIONS, check_names, parse_command
 from jobs.telemetry import heartbeat, output
 from pipeline import storage
 from pipeline.releases.signatures import RELEASE_KEY, public_text, read_release_keys, refuse_key_text
@@ -39,7 +39,6 @@ _SECRET = re.compile("KEY|SECRET|TOKEN|PASS|PWD|CREDENTIAL|JWT|BEARER|COOKIE|SIG
 _STOP_S = 60  # grace period of a stopped driver; the 3 s of Ray are too short for a checkpoint
 _PATIENCE_S = 300.0  # for a job server that does not answer
 _SETTINGS = "settings.toml"
-_OF_ALL_VERSIONS = {"rebuild", "versions", "rollback", "repair", "gc"}
 _TALKATIVE = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk",
               "ray._private.runtime_env.packaging")
 
@@ -89,6 +88,7 @@ def run_submit(options: SubmitOptions) -> int:
     if not options.words or options.words[0] == "submit":
         raise ValueError("submit needs a verb\nhint: python -m jobs submit --wait embed NAME --root s3://...")
     _, inner = parse_command(options.words)  # the job may be the first to see the root
+    check_names(options.words[0], inner)
     submission = make_submission(options.words, inner, options)
     _check_work(options.words, inner, mention=not options.wait)
     return run_submission(submission, options)
@@ -357,7 +357,7 @@ def _subject(verb: str, inner: Any) -> dict[str, str]:
         return {}
     from pipeline.datasets.dataset import Dataset
     dataset = Dataset.parse(inner.common.root, inner.dataset)
-    if verb in _OF_ALL_VERSIONS or "@" not in inner.dataset:
+    if verb in ABOUT_ALL_VERSIONS or "@" not in inner.dataset:
         return {"dataset": dataset.name}
     subject = {"dataset": dataset.name, "version": dataset.version}
     # The submitting machine may have no access to the store, and the timeout takes minutes.

@@ -110,7 +110,7 @@ class Evaluation(Stage):
 
     @property
     def command(self) -> str:
-        return f"python -m jobs evaluate {self.run.name} --root {self.root}"
+        return f"python -m jobs evaluate {self.run.name} --root {storage.quote(self.root)}"
 
     def section(self) -> dict[str, Any]:
         config = super().section()

@@ -56,7 +56,7 @@ class StyleClassifierStage(Stage):
 
     @property
     def command(self) -> str:
-        return f"python -m jobs evaluate {self.run.name} --root {self.root}"
+        return f"python -m jobs evaluate {self.run.name} --root {storage.quote(self.root)}"
 
     def section(self) -> dict[str, Any]:
         return {"steps": self.steps, "image_size": self.run.image_size,

@@ -209,7 +209,7 @@ def _state(root: str, path: str) -> dict[str, Any]:
         run = Run(root, path.split("/")[1])
         lines = read_metrics(run)
         sealed["seconds"] = round(curve["seconds"], 1) if (curve := _last(lines)) and "seconds" in curve else None
-        sealed |= {"dataset": _dataset(plan), "curve": curve, "fault": None}
+        sealed |= {"dataset": _dataset(plan), "curve": curve, "fault": None, "of_steps": manifest["info"].get("steps")}
         sealed["bytes"] += sum(entry["bytes"] for step in run.steps() for entry in run.checkpoint(step)["files"])
     return sealed
 

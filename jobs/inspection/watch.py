@@ -75,7 +75,9 @@ def _stage_row(state: dict[str, Any]) -> dict[str, Any]:
         row |= {"step": curve["step"], "loss": curve.get("loss"), "rate": None if rate is None else round(rate, 1)}
     if now and "of_steps" in now:
         row |= {"step": now["step"], "loss": now.get("loss")} | ({} if silent else {"rate": now["rows_per_s"]})
-    if not now and (steps := state.get("of_steps")) and not state.get("fault"):
+    if state.get("stage") == "train":
+        row["of_steps"] = now["of_steps"] if now and "of_steps" in now else state.get("of_steps")
+    if not now and "samples" not in state and (steps := state.get("of_steps")) and not state.get("fault"):
         row["stopped"] = status.describe_stopped(steps)
     if fault := state.get("fault"):
         row |= {"error": (fault["message"].splitlines() or [fault["kind"]])[0]}

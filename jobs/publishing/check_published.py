@@ -173,7 +173,7 @@ def _check_hidden_rows(dataset: Dataset, *, quick: bool) -> None:
     if visible := sorted(set(rows) - set(hidden.tolist())):
         raise DamagedFile(f"it does not hide {len(visible)} images of the takedown list, the first is row "
                           f"{visible[0]}\n"
-                          f"hint: python -m jobs repair {dataset.name} --root {dataset.root}")
+                          f"hint: python -m jobs repair {dataset.name} --root {storage.quote(dataset.root)}")
     samples = dataset.manifest("shards")["totals"]["samples"]
     if len(hidden) and (hidden[0] < 0 or hidden[-1] >= samples):
         raise ValueError(f"rows {hidden[0]} to {hidden[-1]} are hidden, and the version has {samples} samples")

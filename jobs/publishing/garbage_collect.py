@@ -300,7 +300,7 @@ def _refuse_published(current: Published, version: str) -> None:
     data = read_pointer(current.root, current.name)
     if data != current.data and (parse_pointer(data or b"") or {}).get("version") == version:
         raise StageFailed(f"{current.name}@{version} was published while gc removed it\n"
-                          f"hint: python -m jobs repair {current.name} --root {current.root}")
+                          f"hint: python -m jobs repair {current.name} --root {storage.quote(current.root)}")
 
 
 def removed_table(versions: list[dict[str, Any]], dry_run: bool) -> str:

@@ -214,8 +214,8 @@ def _refuse_nothing_left(root: str, name: str, keys: ReleaseKeys) -> NoReturn:
     if keys.accepted:
         way = (f"remove datasets/{name}/current.json and published/{name}; then python -m jobs rebuild {name} "
                f"--source SOURCE --sign KEYFILE --accept-unsigned" if keys.accept_unsigned else
-               f"python -m jobs repair {name} --root {root} --sign KEYFILE --accept-unsigned, if the published "
-               f"version is right")
+               f"python -m jobs repair {name} --root {storage.quote(root)} --sign KEYFILE --accept-unsigned, if the "
+               f"published version is right")
         raise ValueError(f"{name} in {root} has no readable publication with an accepted signature\nhint: {way}")
     raise ValueError(f"{name} in {root} has no readable publication and no release to restore its pointer from"
                      f"\nhint: remove datasets/{name}/current.json; then python -m jobs rebuild {name} --source "
@@ -227,7 +227,7 @@ def _refuse_lost_publications(current: Published, version: str, lost: range) -> 
     raise DamagedFile(f"publications {lost[0]} to {lost[-1]} of {name} are lost: this machine has seen {lost[-1]}, and "
                       f"published/{name} has none of them that is accepted: restore published/{name} from a backup\n"
                       f"hint: if there is none, and {version} may be published again: python -m jobs repair {name} "
-                      f"--root {current.root}{current.repair_options()} --accept-lost-publications")
+                      f"--root {storage.quote(current.root)}{current.repair_options()} --accept-lost-publications")
 
 
 def _find_candidates(root: str, name: str, keys: ReleaseKeys, data: bytes | None) -> tuple[list[dict[str, Any]], range]:

@@ -55,7 +55,7 @@ class Run:
     @property
     def command(self) -> str:
         """The command that would finish the run, for hints."""
-        return f"python -m jobs train {self.name} --dataset NAME --root {self.root}"
+        return f"python -m jobs train {self.name} --dataset NAME --root {storage.quote(self.root)}"
 
     def section(self) -> dict[str, Any]:
         """The settings the run was planned with; ValueError if there is no such run."""

@@ -86,7 +86,7 @@ class Sampling(Stage):
         options += "".join(f" --{name} {value}" for name, value, usual in (
             ("unconditional", self.query_config.unconditional, 0), ("count", self.query_config.count, 1))
                            if value != usual)
-        return f"python -m jobs sample {self.run.name}{options} --root {self.root}"
+        return f"python -m jobs sample {self.run.name}{options} --root {storage.quote(self.root)}"
 
     def section(self) -> dict[str, Any]:
         # Settings with these values have no key: folders from before the settings existed keep their fingerprint.

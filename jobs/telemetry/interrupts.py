@@ -1,8 +1,7 @@
 """SIGTERM ends a command as Ctrl-C does: with cleanup, and with a message how to continue.
 
 Python runs the handler of a signal in the main thread, after the native code that this thread is in. So there are two
-stages: if a command has not ended `SECONDS` after a SIGTERM, another thread ends it. The same holds for a Ctrl-C that
-comes inside of an import.
+stages: if a command has not ended `SECONDS` after the signal, another thread ends it.
 """
 
 import contextlib
@@ -21,29 +20,33 @@ SECONDS = 8.0
 _IMPORTS = "<frozen importlib._bootstrap>"
 _LOOK_AGAIN_S = 0.1
 _BOTH: set[int] = {signal.SIGTERM, signal.SIGINT}
-_pipe: tuple[int, int] | None = None  # a SIGTERM writes to it, if the second stage is wanted
+_pipe: tuple[int, int] | None = None  # a signal writes to it, if the second stage is wanted
 _exit_code: int | None = None  # once the command has one
 
 
 def convert_sigterm() -> None:
     """Turn SIGTERM into KeyboardInterrupt."""
     if threading.current_thread() is threading.main_thread():
-        if _pipe:
-            faulthandler.unregister(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, _interrupt)
-        if _pipe:
-            # Its handler is native and writes immediately. Then it calls ours.
-            faulthandler.register(signal.SIGTERM, _pipe[1], all_threads=False, chain=True)
+        _handle(signal.SIGTERM)
 
 
 def handle_ctrl_c() -> None:
-    """Let Ctrl-C, as SIGTERM, wait for the end of an import."""
+    """Let Ctrl-C end the process as SIGTERM does, also inside of an import."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell lets its background jobs ignore it
-        signal.signal(signal.SIGINT, _interrupt)
+        _handle(signal.SIGINT)
+
+
+def _handle(number: int) -> None:
+    if _pipe:
+        faulthandler.unregister(number)
+    signal.signal(number, _interrupt)
+    if _pipe:
+        # Its handler is native and writes immediately. Then it calls ours.
+        faulthandler.register(number, _pipe[1], all_threads=False, chain=True)
 
 
 def end_for_certain(last_words: Callable[[], None], code: int) -> None:
-    """Let the second stage end this process, with this exit code, after a SIGTERM. `last_words` is called before.
+    """Let the second stage end this process, with this exit code, after a signal. `last_words` is called before.
 
     A handler that replaces ours, as in training, has as much time as it needs.
     """
@@ -104,6 +107,8 @@ def defer_interrupts() -> Iterator[None]:
     finally:
         signal.signal = replace
         replace(signal.SIGINT, before[signal.SIGINT])
+        if before[signal.SIGINT] is _interrupt:
+            handle_ctrl_c()
         convert_sigterm()
     if came:
         _start_second_stage()
@@ -121,8 +126,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt, but not inside of an import: libraries swallow it, or turn it into another error."""
     while frame is not None and frame.f_code.co_filename != _IMPORTS:
         frame = frame.f_back
-    if frame is not None or number == signal.SIGTERM:
-        _start_second_stage()
+    _start_second_stage()
     if frame is None:
         raise KeyboardInterrupt
     again = threading.Timer(_LOOK_AGAIN_S, os.kill, (os.getpid(), number))

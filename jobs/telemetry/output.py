@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -120,9 +119,9 @@ def fit_commands(text: str) -> str:
     """
     if "python -m jobs " not in text:
         return text
-    whole = re.escape(storage.normalize(_root or DEFAULT_ROOT))
+    whole = re.escape(storage.quote(storage.normalize(_root or DEFAULT_ROOT)))
     text = re.sub(rf" --root {whole}(?![^\s;,)`'\"])", "", text)
-    ending = f" --root {storage.redact_credentials(shlex.quote(_root))}" if _root else ""
+    ending = f" --root {storage.quote(storage.redact_credentials(_root))}" if _root else ""
     return _COMMAND.sub(lambda match: match[0] + ("" if _ROOT.search(match[0]) else ending),
                         text).replace("python -m jobs", PROGRAM)
 

@@ -33,8 +33,8 @@ class Convert(Stage):
 
     @property
     def command(self) -> str:
-        return (f"python -m jobs convert {self.run.name} --checkpoint {self.source} --database {self.database.label} "
-                f"--root {self.root}")
+        return (f"python -m jobs convert {self.run.name} --checkpoint {storage.quote(str(self.source))} "
+                f"--database {self.database.label} --root {storage.quote(self.root)}")
 
     @property
     def alternative(self) -> str:

@@ -61,7 +61,8 @@ class Import(Stage):
 
     @property
     def command(self) -> str:
-        return f"python -m jobs convert {self.run.name} --checkpoint {self.source} --root {self.root}"
+        return (f"python -m jobs convert {self.run.name} --checkpoint {storage.quote(str(self.source))} "
+                f"--root {storage.quote(self.root)}")
 
     @property
     def alternative(self) -> str:

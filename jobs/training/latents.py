@@ -20,6 +20,7 @@ from jobs.runs.run import Run
 from jobs.training.config import LatentsConfig
 from model.weights import first_stage
 from model.weights.first_stage import FirstStage
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.embeddings.hub import is_offered
 from pipeline.hardware import devices
@@ -48,7 +49,7 @@ class Latents(Stage):
 
     @property
     def command(self) -> str:
-        return f"{self.dataset.command('latents')} --first-stage {self.config.first_stage}"
+        return f"{self.dataset.command('latents')} --first-stage {storage.quote(self.config.first_stage)}"
 
     def section(self) -> dict[str, Any]:
         # The folder may be elsewhere on another machine; what is in it is in the digest.

@@ -51,7 +51,7 @@ class Training(Stage):
     @property
     def command(self) -> str:
         return (f"python -m jobs train {self.job.run.name} --dataset {self.job.dataset.label} "
-                f"--database {self.job.database.label} --root {self.root}")
+                f"--database {self.job.database.label} --root {storage.quote(self.root)}")
 
     @property
     def alternative(self) -> str:
@@ -129,7 +129,7 @@ class Training(Stage):
             if ours["sha256"] != theirs["sha256"]:
                 raise ValueError(f"the latents of {validation.label} are of another first stage than those of "
                                  f"{self.job.dataset.label}\nhint: python -m jobs latents {validation.label} "
-                                 f"--first-stage {ours['source']} --overwrite")
+                                 f"--first-stage {storage.quote(ours['source'])} --overwrite")
 
     def process(self, item: Item, scratch: Any) -> Output:
         """The result of the finished run: its loss curve and its last checkpoint."""

@@ -35,11 +35,11 @@ class DemoCorpus(Stage):
 
     @property
     def command(self) -> str:
-        return f"python -m jobs demo --root {self.root}"
+        return f"python -m jobs demo --root {storage.quote(self.root)}"
 
     @property
     def replacement(self) -> str:
-        return f"python -m jobs rm {self.path} --root {self.root}; then {self.command}"
+        return f"python -m jobs rm {self.path} --root {storage.quote(self.root)}; then {self.command}"
 
     @property
     def alternative(self) -> str:

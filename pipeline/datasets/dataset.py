@@ -105,7 +105,7 @@ class Dataset:
                       "tombstones": ("index", " --tombstone KEYS_FILE"),
                       "scores": ("score", f" --head {database}=HEAD"),
                       "neighbors": ("neighbors", f" --database {database}")}.get(verb, (verb, ""))
-        return f"python -m jobs {verb} {self.label}{more} --root {self.root}"
+        return f"python -m jobs {verb} {self.label}{more} --root {storage.quote(self.root)}"
 
     def manifest(self, stage_name: str) -> dict[str, Any]:
         """The manifest of a sealed stage; ValueError with the command that would finish it."""

@@ -24,7 +24,7 @@ class DamagedPointer(DamagedFile):
 
     def __init__(self, root: str, name: str, fault: str, options: str = "") -> None:
         super().__init__(f"{storage.join(root, 'datasets', name, 'current.json')} {fault}\n"
-                         f"hint: python -m jobs repair {name} --root {root}{options}")
+                         f"hint: python -m jobs repair {name} --root {storage.quote(root)}{options}")
         self._named = root, name, fault, options
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -34,7 +34,7 @@ class DamagedPointer(DamagedFile):
 def read_pointer(root: str, name: str) -> bytes | None:
     """The bytes of current.json; None if there is none."""
     try:
-        with storage.verify_replaced(lambda: f"python -m jobs repair {name} --root {root}"):
+        with storage.verify_replaced(lambda: f"python -m jobs repair {name} --root {storage.quote(root)}"):
             return storage.read_bytes(storage.join(root, "datasets", name, "current.json"))
     except FileNotFoundError:
         return None

@@ -49,7 +49,7 @@ def read_entry(url: str) -> dict[str, Any] | None:
 
 def read_entry_bytes(root: str, name: str, url: str) -> bytes:
     """The bytes of an entry of a history; DamagedFile if it is no file."""
-    with storage.verify_replaced(lambda: f"python -m jobs repair {name} --root {root}"):
+    with storage.verify_replaced(lambda: f"python -m jobs repair {name} --root {storage.quote(root)}"):
         return storage.read_bytes(url)
 
 

@@ -10,6 +10,7 @@ from pipeline.storage.addresses import (
     join,
     local_path,
     normalize,
+    quote,
     short_hash,
 )
 from pipeline.storage.cache import cache_folder, fetch, fetch_and_open, local_copy
@@ -118,6 +119,7 @@ __all__ = [
     "put_checked",
     "put_file",
     "put_json",
+    "quote",
     "read_bytes",
     "read_json",
     "read_range",

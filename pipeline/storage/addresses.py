@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 from pathlib import Path
 
 S3_SCHEMES, ATTEMPTS = {"s3", "s3a"}, 6
@@ -26,6 +27,11 @@ def join(url: str, *parts: str) -> str:
 def normalize(url: str) -> str:
     """`url` made absolute when it is local, without a trailing slash."""
     return os.path.abspath(os.path.expanduser(local_path(url))) if is_local(url) else url.rstrip("/")
+
+
+def quote(url: str) -> str:
+    """`url` as a word of a shell command, for hints."""
+    return shlex.quote(url)
 
 
 def short_hash(text: str) -> str:

@@ -94,10 +94,10 @@ def read_takedowns(root: str) -> Forgotten:
     requests = len(document.get("requests", ()))
     if requests < copies:
         raise DamagedFile(f"{storage.join(root, NAME)} is missing or was replaced: expected {copies} requests, got "
-                          f"{requests}\nhint: python -m jobs repair NAME --root {root}")
+                          f"{requests}\nhint: python -m jobs repair NAME --root {storage.quote(root)}")
     if path := _find_other_hash(document, counted):
         raise DamagedFile(f"{storage.join(root, NAME)} was changed: its requests are not those that {path} counts\n"
-                          f"hint: python -m jobs repair {path.split('/')[1]} --root {root}")
+                          f"hint: python -m jobs repair {path.split('/')[1]} --root {storage.quote(root)}")
     return parse_list(document)
 
 

@@ -130,14 +130,14 @@ def read_stored_rows(dataset: Dataset) -> np.ndarray:
     expected = {"shards": content, "digest": _digest(rows, through, content)}
     if any(document.get(name, value) != value for name, value in expected.items()):
         raise DamagedFile(f"{_address(dataset)} was changed, or is of other shards\n"
-                          f"hint: python -m jobs repair {dataset.name} --root {dataset.root}")
+                          f"hint: python -m jobs repair {dataset.name} --root {storage.quote(dataset.root)}")
     return np.array(rows, np.int64)
 
 
 def _required_requests(dataset: Dataset, listed: dict[str, Any], through: int) -> int:
     """How many requests the file of a version must have applied; DamagedFile if it or the list misses some."""
     url, requests = storage.join(dataset.root, NAME), len(listed.get("requests", ()))
-    hint = f"hint: python -m jobs repair {dataset.name} --root {dataset.root}"
+    hint = f"hint: python -m jobs repair {dataset.name} --root {storage.quote(dataset.root)}"
     required = max(listed.get("applied", 0), dataset.takedowns)
     least = required if dataset.trusted else max(required, through, count_copies(dataset.root))
     if requests < least:

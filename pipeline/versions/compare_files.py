@@ -35,7 +35,7 @@ class Compare(Stage):
 
     @property
     def command(self) -> str:
-        return f"python -m jobs rebuild {self.dataset.name} --source SOURCE --root {self.root}"
+        return f"python -m jobs rebuild {self.dataset.name} --source SOURCE --root {storage.quote(self.root)}"
 
     @property
     def replacement(self) -> str:

@@ -51,7 +51,8 @@ class Update(Shard):
 
     @property
     def command(self) -> str:
-        return f"python -m jobs rebuild {self.dataset.name} --source {' '.join(self.config.source)} --root {self.root}"
+        sources = " ".join(map(storage.quote, self.config.source))
+        return f"python -m jobs rebuild {self.dataset.name} --source {sources} --root {storage.quote(self.root)}"
 
     @property
     def replacement(self) -> str:

@@ -144,7 +144,7 @@ def verbs_page() -> str:
     shared: dict[str, Flag] = {}
     for verbs in GROUPS.values():
         for verb in verbs:
-            shared |= {flag.name: flag for flag in flags_of(verb) if flag.section in _SHARED}
+            shared = {flag.name: flag for flag in flags_of(verb) if flag.section in _SHARED} | shared
     lines += _table(list(shared.values()), "flag")
     for group, verbs in GROUPS.items():
         lines += [f"## To {group}", ""]
@@ -153,11 +153,12 @@ def verbs_page() -> str:
             examples: tuple[str, ...] = kind.examples  # type: ignore[attr-defined]
             lines += [f"### {verb}", "", inspect.cleandoc(kind.__doc__ or ""), "",
                       *(f"    python -m jobs {example}" for example in examples), ""]
-            own = [flag for flag in flags if flag.section.partition(".")[0] not in known | _SHARED]
+            common = [flag for flag in flags if flag == shared.get(flag.name)]  # evaluate has another --json
+            own = [flag for flag in flags if flag not in common and flag.section.partition(".")[0] not in known]
             if own:
                 lines += _table(own, "argument or flag")
             lines += _settings_of_verb([flag for flag in flags if flag.section.partition(".")[0] in known])
-            names = ", ".join(f"`{flag.name}`" for flag in flags if flag.section in _SHARED)
+            names = ", ".join(f"`{flag.name}`" for flag in common)
             lines += [f"Shared flags: {names or 'none'}.", ""]
     return _GENERATED + "\n".join(lines)
 

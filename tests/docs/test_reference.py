@@ -21,6 +21,13 @@ def test_the_page_has_every_flag_that_the_help_has(verb: str) -> None:
         *complete([verb, "--"])} - {"--help", "--help-all"}
 
 
+def test_a_verb_with_another_meaning_of_a_shared_flag_lists_it() -> None:
+    _, _, section = reference.verbs_page().partition("### evaluate\n")
+    section = section.partition("\n### ")[0]
+    assert "| `--json` | yes or no | no | Print JSON instead of text" in section
+    assert "`--json`" not in section.partition("Shared flags: ")[2]
+
+
 def test_every_flag_and_setting_has_a_text() -> None:
     assert not [f"{verb} {flag.name}" for verb in _VERBS for flag in reference.flags_of(verb) if not flag.meaning]
     assert "|  |\n" not in reference.settings_page().partition("## Recipes")[0]

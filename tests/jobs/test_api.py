@@ -1,6 +1,7 @@
 """The Python interface gives the results of the verbs."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,12 @@ def test_numbers_out_of_bounds_are_refused(trained_root: Path) -> None:
             call()
 
 
-def test_a_root_without_datasets_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no datasets and no runs\nhint: python -m jobs style"):
-        open_root(str(tmp_path))
+def test_hints_name_the_root_as_a_shell_reads_it(tmp_path: Path) -> None:
+    root = tmp_path / "my root"
+    with pytest.raises(ValueError, match=r"holds no datasets and no runs\nhint: python -m jobs style") as no_root:
+        open_root(str(root))
+    (root / "datasets/noto/v1").mkdir(parents=True)
+    with pytest.raises(ValueError, match="hint: python -m jobs shard noto") as unsealed:
+        open_root(str(root)).batches("noto")
+    for error in (no_root, unsealed):
+        assert shlex.split(str(error.value))[-2:] == ["--root", str(root)]

@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from jobs.cli.main import main
-from jobs.cli.parse import VERBS, load_verb
+from jobs.cli.options import DatasetName
+from jobs.cli.parse import ABOUT_ALL_VERSIONS, VERBS, load_verb
 from tests.pipeline import synthetic
 
 # The words of each verb. NAME is a dataset or run that should exist; SOURCE and FILE are files that do.
@@ -96,6 +98,28 @@ def test_a_dry_run_makes_no_root(verb: str, place: Path, capsys: pytest.CaptureF
 def test_a_name_with_a_slash_is_refused(verb: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = _refused(place, verb, _words(place, verb, "no/to", "root"), capsys)
     assert "no/to" in said
+
+
+@pytest.mark.parametrize("submitted", [False, True])
+@pytest.mark.parametrize("verb", sorted(ABOUT_ALL_VERSIONS))
+def test_a_version_is_refused_first(verb: str, submitted: bool, place: Path,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
+    words = _words(place, verb, "noto@v2", "root")
+    said = _refused(place, *(("submit", ["--dry-run", verb, *words]) if submitted else (verb, words)), capsys)
+    assert said.startswith("error: noto@v2: ") and f"hint: python -m jobs {verb} noto" in said
+
+
+def test_the_verbs_about_all_versions_take_names_alone() -> None:
+    assert ABOUT_ALL_VERSIONS.keys() == {verb for verb in VERBS if get_type_hints(
+        load_verb(verb)[0], include_extras=True).get("dataset") == DatasetName}
+
+
+@pytest.mark.parametrize("words", [["pipeline", "noto", "--source", "SOURCE", "--train", "no/to"],
+                                   ["train", "no/to", "--dataset", "noto"]])
+def test_a_run_with_a_slash_is_refused_first(words: list[str], place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(place / "source") if word == "SOURCE" else word for word in words]
+    said = _refused(place, words[0], [*words[1:], "--local", "--root", str(place / "root")], capsys)
+    assert said.startswith("error: 'no/to' is not a name of a run")
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS.keys() - _NO_DATASET - _MAKES - _ONLY_SUBMITS))

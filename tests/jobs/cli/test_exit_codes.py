@@ -63,7 +63,9 @@ def test_every_hint_spells_its_command_in_full() -> None:
     verbs = "|".join(VERBS)
     for package in ("jobs", "pipeline", "model"):
         for file in (Path(__file__).parents[3] / package).rglob("*.py"):
-            assert not re.search(rf"hint: ({verbs}) ([{{<A-Z]|--)", file.read_text()), file
+            text = file.read_text()
+            assert not re.search(rf"hint: ({verbs}) ([{{<A-Z]|--)", text), file
+            assert not re.search(r"--root \{(?!storage\.quote\()", text), f"{file}: a root may have a space"
 
 
 def test_invalid_usage_ends_with_2(root: Path) -> None:
@@ -95,8 +97,9 @@ def named_root() -> Iterator[str]:
     ("hint: --overwrite", "hint: --overwrite"),
 ])
 def test_commands_in_hints_end_with_the_root_as_the_user_wrote_it(text: str, expected: str, named_root: str) -> None:
-    assert fit_commands(text.replace("HERE", storage.normalize("a root"))) == expected.replace(
-        "HERE", storage.normalize("a root")).replace("ROOT", named_root)
+    here, there = (storage.quote(storage.normalize(name)) for name in ("a root", "a root2"))
+    assert fit_commands(text.replace("HERE2", there).replace("HERE", here)) == expected.replace(
+        "HERE2", there).replace("ROOT", named_root)
 
 
 def test_commands_in_hints_have_no_root_if_the_user_wrote_none() -> None:

@@ -22,6 +22,8 @@ from jobs.inspection import status, watch
 from jobs.report.report import write_report
 from jobs.runs.metrics import Metrics
 from jobs.runs.run import Run
+from jobs.training.live_progress import RunProgress
+from model.config import TrainConfig
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.config import EmbedConfig
@@ -64,6 +66,7 @@ def test_a_snapshot_has_published_running_failed_and_unfinished_stages(root: str
     assert stages["flat", "index"]["state"] == "stale"
     run = stages["drawn", "train"]
     assert (run["run"], run["step"], run["state"], run["error"]) == ("small", 3, "failed", "step 4: loss nan")
+    assert run["of_steps"] == 3 and "of_steps" not in under_way
     assert snapshot["published"]["drawn"]["number"] == 7
     text = watch.snapshot_text(snapshot)
     lines = {line.split("  ")[0] for line in text.splitlines()}
@@ -113,6 +116,17 @@ def test_the_four_views_show_the_same_states(root: str) -> None:
     for text in (table, watch.snapshot_text(snapshot), page):
         for word in ("stale", "failed", "step 4: loss nan", "damaged", "published", "stopped by recall@10"):
             assert word in text, (word, text)
+
+
+def test_a_snapshot_has_the_steps_of_a_run_while_it_trains_and_when_it_is_sealed(root: str) -> None:
+    def run() -> dict[str, Any]:
+        return next(row for row in watch.read_snapshot(root)["stages"] if row["path"] == "runs/small")
+
+    assert (run()["state"], run()["of_steps"]) == ("sealed", 3) and "stopped" not in run()
+    Path(root, "runs/small/manifest.json").unlink()
+    progress = RunProgress(Run.parse(root, "small"), TrainConfig(steps=40, global_batch=8))
+    progress(4, 1.0)
+    assert (run()["step"], run()["of_steps"]) == (4, 40)
 
 
 def test_a_driver_that_ended_is_shown_as_silent(root: str) -> None:

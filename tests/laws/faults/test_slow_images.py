@@ -58,12 +58,13 @@ def test_sigterm_ends_a_command_that_decodes_a_slow_image(tmp_path: Path, slow_i
 
 @contextlib.contextmanager
 def command(body: str) -> Iterator["subprocess.Popen[str]"]:
-    """A process with the second stage of a SIGTERM that prints a line and runs `body`."""
+    """A process with the second stage of a signal that prints a line and runs `body`."""
     program = f"""
 import hashlib, sys, time
 from jobs.telemetry import interrupts
 interrupts.SECONDS = 2.0
 interrupts.end_for_certain(lambda: print("last words", file=sys.stderr), 130)
+interrupts.handle_ctrl_c()
 try:
     print("ready", flush=True)
     {body}
@@ -81,6 +82,7 @@ except KeyboardInterrupt:
         process.kill()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(("body", "code", "said"), [
     ("time.sleep(60)", 7, "tidy\n"),
     ("hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10 ** 9)", 130, "last words\n"),  # in the main thread
@@ -89,10 +91,10 @@ except KeyboardInterrupt:
     ("exec('with interrupts.defer_interrupts():\\n time.sleep(3)'); time.sleep(60)", 7, "tidy\n"),
 ], ids=["Python", "native", "native thread", "deferred"])
 @pytest.mark.timeout(60)
-def test_sigterm_ends_a_process_in_native_code(body: str, code: int, said: str) -> None:
+def test_a_signal_ends_a_process_in_native_code(body: str, code: int, said: str, number: int) -> None:
     with command(body) as process:
         time.sleep(0.5)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         begun = time.monotonic()
         _, text = process.communicate(timeout=30)
         assert (process.returncode, text) == (code, said) and time.monotonic() - begun < 10
