@@ -119,8 +119,8 @@ def fit_commands(text: str) -> str:
     """
     if "python -m jobs " not in text:
         return text
-    whole = re.escape(storage.quote(storage.normalize(_root or DEFAULT_ROOT)))
-    text = re.sub(rf" --root {whole}(?![^\s;,)`'\"])", "", text)
+    flag = re.escape(f" --root {storage.quote(storage.normalize(_root or DEFAULT_ROOT))}")
+    text = re.sub(rf"{flag}(?![^\s;,)`'\"])", "", text)
     ending = f" --root {storage.quote(storage.redact_credentials(_root))}" if _root else ""
     return _COMMAND.sub(lambda match: match[0] + ("" if _ROOT.search(match[0]) else ending),
                         text).replace("python -m jobs", PROGRAM)

@@ -176,8 +176,8 @@ def test_the_last_step_is_logged(tmp_path, log_every, stop_at, steps):
                       watch=lambda step, _: reached.append(step), stop=lambda: len(reached) + 1 >= stop_at)
     assert [record["step"] for record in records] == steps
     first = 0
-    for record in records:  # each loss is the mean of its own interval
-        losses = [one["loss"] for one in every[first:record["step"]]]
+    for record in records:  # each loss is the mean of the steps since the last record
+        losses = [step_record["loss"] for step_record in every[first:record["step"]]]
         assert record["loss"] == pytest.approx(sum(losses) / len(losses))
         first = record["step"]
 
