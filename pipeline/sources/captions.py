@@ -22,7 +22,7 @@ from pipeline.rows.column_names import (
 from pipeline.rows.rows import json_cells
 from pipeline.sources.folder_files import METADATA_FILES, stem_of, usual_accents
 from pipeline.tables.arrow_cells import is_nested, table_rows, text_columns
-from pipeline.tables.cells import TableRow, cell_text
+from pipeline.tables.cells import TableRow, cell_text, leave_out_long_texts
 from pipeline.tables.delimited import check_delimiter
 from pipeline.tables.names import is_parquet, table_kind
 from pipeline.tables.text_tables import read_header, read_rows
@@ -121,6 +121,7 @@ def read_captions(address: str, caption_column: str) -> list[TableRow]:
         row.cells = (json_cells(cells)
                      | {"file": cell_text(row.cells.get(file_column)) or f"(row {number} of the captions)"}
                      | ({"caption": cell_text(value)} if caption else {}))
+        row.remarks = [*row.remarks, *leave_out_long_texts(row.cells)]
     return rows
 
 

@@ -19,7 +19,7 @@ from pipeline.rows import img2dataset
 from pipeline.rows.column_names import find_caption_columns, find_columns, is_more_than_caption
 from pipeline.rows.rows import BAD_ROW, Row, json_cells
 from pipeline.tables.arrow_cells import is_nested, is_text, storage_type, stored_columns
-from pipeline.tables.cells import TableRow, cell_text
+from pipeline.tables.cells import TableRow, cell_text, leave_out_long_texts
 from pipeline.tables.delimited import check_delimiter
 from pipeline.tables.image_cells import can_hold_images, is_data_url, read_data_url, read_image_cell
 
@@ -178,7 +178,10 @@ def make_row(number: int, read: TableRow, columns: Columns) -> Row:
     if columns.caption_missing or (is_expected and not caption.strip()):
         remarks.append("caption_missing")
     digest, unreadable = _parse_digest(cells.get(columns.digest)) if columns.digest else ("", [])
-    row = Row(number, "", caption, json_cells(cells | added), digest, [*remarks, *unreadable])
+    stored = json_cells(cells | added)
+    texts = {"caption": caption}
+    remarks += [*unreadable, *leave_out_long_texts(texts), *leave_out_long_texts(stored)]
+    row = Row(number, "", texts["caption"] or "", stored, digest, remarks)
     if columns.kind == "url":
         row.name = cell_text(cell).strip()
         row.missing = "" if row.name else "the list has no address here"

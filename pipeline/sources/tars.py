@@ -206,9 +206,9 @@ def sample_caption(sample: dict[str, Any], meta: dict[str, Any], column: str = "
         _member_beside(sample, image, suffix) for suffix in CAPTION_SUFFIXES]
     for data in members:
         text, changed = decode_text(data or b"", "caption")
+        if remarks is not None:
+            remarks += changed
         if text:
-            if remarks is not None:
-                remarks += changed
             return text
     return "" if key else cell_text(next((meta[name] for name in find_caption_columns(meta) if meta.get(name)), None))
 

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+MOST_LETTERS = 16 << 20
+"""Of one text. A shard has the texts of all its rows in memory, and a compressed file of 1 MB may hold 1 GB of text."""
 _LEVELS = 64  # Arrow ends the process at some hundreds
 _FIRST_KEYS = ("en", "text", "caption", "raw", "value")
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
@@ -101,11 +103,24 @@ def first_value(value: Any) -> Any:
 
 
 def decode_text(data: bytes, column: str) -> tuple[str, list[str]]:
-    """The text of a file, and a remark if its bytes are not UTF-8; these become U+FFFD."""
+    """The text of a file, and a remark if its bytes are not UTF-8; these become U+FFFD. "" if it is too long."""
+    if len(data) > MOST_LETTERS:
+        return "", [_too_long(column, len(data))]
     try:
         return data.decode("utf-8-sig").strip(), []
     except UnicodeDecodeError:
         return data.decode("utf-8-sig", "replace").strip(), [f"cell_changed: {column}: bytes that are not UTF-8"]
+
+
+def leave_out_long_texts(cells: dict[str, Any]) -> list[str]:
+    """Make texts that are too long None, and return remarks on them."""
+    long_texts = {name: len(cell) for name, cell in cells.items() if isinstance(cell, str) and len(cell) > MOST_LETTERS}
+    cells |= dict.fromkeys(long_texts)
+    return [_too_long(name, length) for name, length in long_texts.items()]
+
+
+def _too_long(column: str, length: int) -> str:
+    return f"cell_changed: {column}: left out, for it has {length:,} letters, and at most {MOST_LETTERS:,} are stored"
 
 
 class JsonDecoder:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from pipeline.media.foreign_tars.index import MOST_MEMBERS, SampleMembers, TarIndex
 from pipeline.media.foreign_tars.recovery import AllMembers, Damage
-from pipeline.media.sample_names import KEY_AND_SUFFIX, META_MEMBER, split_at_last_dot, system_folder
+from pipeline.media.sample_names import CAPTION_SUFFIXES, KEY_AND_SUFFIX, META_MEMBER, split_at_last_dot, system_folder
 from pipeline.media.tar_members import LONGEST_NAME, Member, ReadAt, list_members
 
 MOST_NAMED = 10_000
@@ -19,7 +19,8 @@ _LONGEST_SHOWN = 1000
 MOST_SAMPLE_BYTES, MOST_SAMPLE_MEMBERS = 1 << 30, 1000
 _AHEAD_BYTES, _MOST_READ_BYTES = 4096, 64 << 10
 MOST_JSON_BYTES = 16 << 20
-"""JSON may take a hundred times its bytes of memory as objects."""
+"""JSON may take a hundred times its bytes of memory as objects. Captions and classes have the same limit."""
+_TEXTS = {"json", "cls", *CAPTION_SUFFIXES}
 
 
 @dataclass
@@ -151,7 +152,7 @@ def _read_sample(read_at: ReadAt, length: int, place: SampleMembers, faults: Tar
             suffix = _name_at(read_at, length, place, start)[1]
         if suffix in sample:
             refusal = "repeated_member", "its sample has one of that kind"
-        elif size > (MOST_JSON_BYTES if suffix == "json" else MOST_SAMPLE_BYTES - sample_bytes):
+        elif size > (MOST_JSON_BYTES if suffix.rpartition(".")[2] in _TEXTS else MOST_SAMPLE_BYTES - sample_bytes):
             refusal = "too_large", f"{size} bytes"
         elif len(sample) > MOST_SAMPLE_MEMBERS:
             refusal = "too_large", f"its sample has more than {MOST_SAMPLE_MEMBERS} members"
