@@ -158,9 +158,11 @@ def open_first_stage_on(source: str, device: torch.device) -> FirstStage:
 
 def _load_first_stage(source: str, device: str | torch.device) -> FirstStage:
     """The first stage of a folder or the hub. ValueError also if the hub has no such name, or does not answer."""
-    if not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):  # a name in the hub
-        is_offered(f"the first stage {source}", source, ("config.json",),
-                   "on a machine without network, copy config.json and the weights into a folder: --first-stage FOLDER")
+    if not Path(source).exists():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):  # the client of the hub would ask for it for a minute
+            raise ValueError(f"there is no autoencoder in {source}: expected a folder, or ORGANISATION/NAME of the hub"
+                             f"\nhint: a folder with config.json and diffusion_pytorch_model.safetensors")
+        is_offered(f"the first stage {source}", source, ("config.json",), "the folder", flag="--first-stage FOLDER")
     return first_stage.load(source, device)
 
 

@@ -21,7 +21,6 @@ _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 OWN_WEIGHTS_SCHEMES = ("hf-hub:", "local-dir:")  # schemes of names whose weights and settings lie in one folder
 _CONFIG = "open_clip_config.json"
-_COPY_FOLDER = "on a machine without network, copy the model's files into a folder, and --model local-dir:FOLDER"
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
@@ -129,7 +128,7 @@ def read_own_weights(config: ClipConfig) -> tuple[str, dict[str, Any]]:
             # By open_clip's own choice among several: what is loaded is what is hashed.
             settings, path = Path(place) / _CONFIG, open_clip.factory._find_checkpoint_in_dir(Path(place))
         else:
-            is_offered(config.model, place, (_CONFIG,), _COPY_FOLDER)
+            is_offered(config.model, place, (_CONFIG,), "the files of the model", flag="--model local-dir:FOLDER")
             settings, path = (Path(open_clip.pretrained.download_pretrained_from_hf(place, filename=name))
                               for name in (_CONFIG, None))
         document = json.loads(settings.read_text())

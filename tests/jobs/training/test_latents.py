@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -360,6 +361,19 @@ def test_impossible_conversions_are_named_and_leave_nothing(root: Path, tmp_path
     assert main(["convert", "paper", "--checkpoint", str(file), "--database", "drawn", "--root", str(root)]) == 2
     assert message in capsys.readouterr().err
     assert not (root / "runs/paper/plan.json").exists()
+
+
+@pytest.mark.parametrize(("source", "said"), [
+    ("nope", "there is no autoencoder in nope: expected a folder, or ORGANISATION/NAME of the hub\nhint: a folder"),
+    ("a/b/c", "there is no autoencoder in a/b/c: "),
+    ("nobody/nope", r"(hub cannot be reached|the hub has no nobody/nope).*\n.*--first-stage FOLDER")])
+def test_a_first_stage_that_does_not_exist_is_named_at_once(source: str, said: str,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.embeddings.hub._HUB_ANSWER_S", 1.0)
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match=said):
+        latents.open_first_stage(source)
+    assert time.monotonic() - begun < 20
 
 
 def test_a_missing_first_stage_has_a_hint(root: Path, tmp_path: Path, capsys) -> None:
