@@ -197,9 +197,9 @@ class SampleOptions:
     name: str = ""
     """Name of the folder in the samples of the run. Default: a hash of these settings."""
     model: str = ""
-    """Name of the open_clip model that embeds the prompts. Default: that of the recipe."""
+    """Name of the open_clip model that embeds the prompts. Default: that of the run."""
     pretrained: str = ""
-    """Pretrained tag or weights file of that model. Default: that of the recipe."""
+    """Pretrained tag or weights file of that model. Default: that of the run."""
 
 
 def run_sample(options: SampleOptions) -> int:
@@ -229,8 +229,8 @@ def run_sample(options: SampleOptions) -> int:
             output.print_document({"stage": "sample", "waits_for": Run.parse(root, BUNDLED_RUN).folder},
                                   as_json=options.stage.json)
             return 0
-        if not (options.model or options.pretrained):
-            encoder = encoder_of(f"the run {run.name}", run.encoder(), embed)
+    if not (options.model or options.pretrained):
+        encoder = encoder_of(f"the run {run.name}", run.encoder(), embed.clip())
     sampling = Sampling(run, options.checkpoint, prompts, databases, encoder, options.sample, options.name,
                         pictures=options.image, query_config=options.query)
     common = spare_ray(options.common, options.cluster, small=len(databases) == 1)  # one item has one worker
@@ -274,12 +274,13 @@ def run_evaluate(options: EvaluateOptions) -> int:
     from jobs.runs.run import Run
     from jobs.telemetry import tables
     from jobs.telemetry.observe import run_observed
+    from pipeline.embeddings.clip_weights import encoder_of
     run = Run.parse(options.common.root, options.run)
     dataset, train_database, databases = evaluation_data(run, options.database)
     check_same_data(run, dataset)
     judging = StyleClassifierStage(run, dataset, databases, options.evaluate.judge_steps)
-    request = (judging, train_database, options.checkpoint, options.embed.clip(), options.evaluate, options.sample,
-               options.prompt)
+    encoder = encoder_of(f"the run {run.name}", run.encoder(), options.embed.clip())
+    request = (judging, train_database, options.checkpoint, encoder, options.evaluate, options.sample, options.prompt)
     planned = plan_ways(*request)  # what is impossible is refused before the judges are trained
     stage = options.stage
     if options.common.dry_run:

@@ -125,8 +125,15 @@ def run_style(options: StyleOptions) -> int:
                   "--embed.model and --embed.pretrained, and a run with that encoder", BUNDLED_MODEL)
     small = build.source.count <= _IMAGES_WITHOUT_RAY
     common = spare_ray(options.common, options.cluster, small=small)
-    return _publish(build, replace(options, common=common), times,
-                    lambda: f"python -m jobs sample 'a tree' --database {build.name}")
+
+
+    def following() -> str:
+        from jobs.inspection.summary import next_sample
+        if encoder.model == BUNDLED_MODEL:  # the bundled model has this encoder
+            return f"python -m jobs sample 'a tree' --database {build.name}"
+        return next_sample(build.root, build.name)
+
+    return _publish(build, replace(options, common=common), times, following)
 
 
 def check_rebuild(options: RebuildOptions, *, here: bool = True, mention: bool = True) -> None:

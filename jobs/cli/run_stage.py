@@ -131,7 +131,7 @@ def suggest_once() -> Iterator[None]:
     _held = []
     try:
         yield
-        if _held:
+        if _held and _held[-1]:
             output.print_next(_held[-1])
     finally:
         _held = None

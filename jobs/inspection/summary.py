@@ -1,18 +1,23 @@
 """The text at the end of a command: a summary of the sealed stage, and the usual next command."""
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from jobs.checks.inputs import stored_sizes
+from jobs.config import recipes
 from jobs.inspection.status import COUNT_PARAMETERS
 from jobs.runs.newest_run import find_newest_run
 from jobs.runs.run import Run
 from jobs.telemetry.units import format_bytes, format_count, format_duration, format_number
-from model.config import TrainConfig
+from model import recipes as networks
 from pipeline import storage
-from pipeline.datasets.dataset import datasets
+from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.neighbors.files import why_recall_is_unknown
 from pipeline.releases.published import open_dataset
+from pipeline.releases.release_files import has_release
 from pipeline.stages.stage import Stage
 
 _FACTS = {"index": ("key", "recall_at_10"), "neighbors": ("k", "database"), "train": ("steps", "loss"),
@@ -85,23 +90,73 @@ def _dataset(stage: Stage) -> str:
     return name if version == "v1" else f"{name}@{version}"
 
 
+def _after_score(stage: Stage) -> str:
+    """Hide rows, but not of a published version: it never changes."""
+    _, name, version, _, column = stage.path.split("/")
+    if has_release(Dataset(stage.root, name, version)):
+        return ""
+    return f"index {_dataset(stage)} --hide '{column} < 0.5'"
+
+
 def _after_neighbors(stage: Stage) -> str:
-    dataset, database = _dataset(stage), stage.path.rsplit("/", 1)[1]
-    name = dataset.partition("@")[0]
-    other = "" if database.partition("@")[0] == name else f" --database {database}"
-    fewer = f" --k {stage.section()['k']}" if stage.section()["k"] < TrainConfig.k else ""
-    return f"train {name}_run --dataset {dataset}{other}{fewer}"
+    root, label = stage.root, stage.path.rsplit("/", 1)[1]
+    _, name, version, *_ = stage.path.split("/")
+    dataset, database = Dataset(root, name, version), Dataset.parse(root, label)
+    if (flags := _flags_for_images(dataset)) is None:  # training is not possible
+        return f"search {label} 'a red apple'" if database.is_sealed("index") else ""
+    other = "" if database.name == name else f" --database {label}"
+    flags += _flags_for_vectors(dataset, label)
+    return f"train {_free_run(root, name)} --dataset {_dataset(stage)}{other}{flags}"
 
 
 def _after_latents(stage: Stage) -> str:
     """Train with the neighbors that are there, or find them first."""
     _, name, version, *_ = stage.path.split("/")
-    folder = storage.join(stage.root, "datasets", name, version)
-    databases = [label for label in storage.list_folders(storage.join(folder, "neighbors"))
-                 if storage.exists(storage.join(folder, "neighbors", label, "manifest.json"))]
+    dataset = Dataset(stage.root, name, version)
+    databases = [label for label in storage.list_folders(dataset.folder("neighbors"))
+                 if dataset.is_sealed(f"neighbors/{label}")]
     if not databases:
         return f"neighbors {_dataset(stage)}"
-    return f"train {name}_run --dataset {_dataset(stage)} --database {databases[0]} --latents"
+    channels, *sides = dataset.manifest("latents")["info"]["shape"][1:]
+    network = networks.tiny().unet
+    flags = "" if channels == network.in_channels else f" --in-channels {channels} --out-channels {channels}"
+    return (f"train {_free_run(stage.root, name)} --dataset {_dataset(stage)} --database {databases[0]}"
+            f"{_flags_for_vectors(dataset, databases[0])}{flags}{_patch_flag(sides)} --latents")
+
+
+def _free_run(root: str, name: str) -> str:
+    """A name that no run has."""
+    taken = set(storage.list_folders(storage.join(root, "runs")))
+    return next(run for run in (f"{name}_run{number or ''}" for number in itertools.chain((0,), itertools.count(2)))
+                if run not in taken)
+
+
+def _flags_for_vectors(dataset: Dataset, database: str) -> str:
+    """The flags of `train` without a recipe that fit these neighbors."""
+    config, info = networks.tiny(), dataset.manifest(f"neighbors/{database}")["info"]
+    length = dataset_encoder(Dataset.parse(dataset.root, database))["dim"]
+    return ("" if length == config.unet.context_dim else f" --context-dim {length}") + (
+        f" --k {info['k']}" if info["k"] < config.k else "")
+
+
+def _flags_for_images(dataset: Dataset) -> str | None:
+    """The flags of `train` without a recipe that fit the images of a dataset. None if they have several sizes."""
+    sizes = set(stored_sizes(dataset))
+    if len(sizes) > 1:
+        return None
+    stride, most = networks.tiny().unet.stride, recipes.tiny().shard.image_size
+    for width, height in sizes:
+        if width == height and (width > most or width % stride):
+            sides = [side for side in range(most, 0, -stride) if width % side == 0]
+            return f" --image-size {sides[0]}" if sides else _patch_flag((width, height))
+        return _patch_flag((width, height))
+    return ""
+
+
+def _patch_flag(sides: Sequence[int]) -> str:
+    """The flag of `train` for the largest patch that divides these sides."""
+    patch = math.gcd(networks.tiny().unet.patch, *sides)
+    return "" if patch == networks.tiny().unet.patch else f" --patch {patch}"
 
 
 def _after_training(stage: Stage) -> str:
@@ -125,7 +180,7 @@ _FOLLOWING: dict[str, Callable[[Stage], str]] = {
     "shard": lambda stage: f"embed {_dataset(stage)}",
     "embed": lambda stage: f"index {_dataset(stage)}",
     "embed_captions": lambda stage: f"index {_dataset(stage)}",
-    "score": lambda stage: f"index {_dataset(stage)} --hide '{stage.path.rsplit('/', 1)[1]} < 0.5'",
+    "score": _after_score,
     "index": lambda stage: f"neighbors {_dataset(stage)}",
     "tombstones": lambda stage: "verify",
     "neighbors": _after_neighbors,

@@ -10,9 +10,14 @@ from typing import Any
 
 import pytest
 
+from jobs.checks.settings import check_side
 from jobs.cli.parse import parse_command
+from jobs.inspection import summary
 from jobs.inspection.summary import _FOLLOWING, next_command, next_sample, summarize_rebuild
 from jobs.telemetry import output
+from model.config import TrainConfig
+from pipeline import storage
+from pipeline.datasets.dataset import Dataset
 from tests.laws.terminal import run_on_screen
 
 
@@ -33,7 +38,7 @@ def _next_words(*about: Any) -> list[str]:
 
 @pytest.mark.parametrize("name", _FOLLOWING)
 def test_the_program_accepts_the_next_command(name: str, trained_root: Path) -> None:
-    path = {"neighbors": "datasets/mine/v2/neighbors/art@v2", "score": "datasets/mine/v2/scores/sharp"}.get(
+    path = {"neighbors": "datasets/drawn/v1/neighbors/drawn", "score": "datasets/mine/v2/scores/sharp"}.get(
         name, f"runs/small/{name}/x" if name in {"sample", "evaluate", "train", "convert", "import"} else
         f"datasets/mine/v2/{name}")
     words = _next_words(name, path, trained_root)
@@ -41,9 +46,51 @@ def test_the_program_accepts_the_next_command(name: str, trained_root: Path) -> 
     parse_command(words[3:])  # exits if a flag or a word is unknown
 
 
-def test_latents_are_trained_on_with_neighbors_that_exist(trained_root: Path) -> None:
-    assert _next_words("latents", "datasets/drawn/v1/latents", trained_root)[3:] == [
-        "train", "drawn_run", "--dataset", "drawn", "--database", "drawn", "--latents"]
+def _next_training(about: tuple[Any, ...]) -> TrainConfig:
+    words = _next_words(*about)[3:]
+    assert words[:4] == ["train", "drawn_run", "--dataset", "drawn"]
+    return parse_command(words)[1].train
+
+
+@pytest.mark.parametrize(("width", "height", "image_size"), [
+    (64, 64, 0), (48, 48, 0), (256, 256, 64), (200, 200, 40), (100, 100, 0), (75, 75, 0), (256, 128, 0), (100, 60, 0)])
+def test_the_next_training_fits_the_images(width: int, height: int, image_size: int, trained_root: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "stored_sizes", lambda _: iter([(width, height)] * 2))
+    train = _next_training(("neighbors", "datasets/drawn/v1/neighbors/drawn", trained_root))
+    check_side(train, height, width, "")
+    assert train.image_size == image_size
+
+
+def test_images_of_several_sizes_are_searched(trained_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "stored_sizes", lambda _: iter([(64, 64), (64, 48)]))
+    assert _next_words("neighbors", "datasets/drawn/v1/neighbors/drawn", trained_root)[3:5] == ["search", "drawn"]
+
+
+def test_the_next_training_fits_the_vectors_and_has_a_free_name(trained_root: Path, tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    about = ("neighbors", "datasets/drawn/v1/neighbors/drawn", shutil.copytree(trained_root, tmp_path / "root"))
+    monkeypatch.setattr(summary, "dataset_encoder", lambda _: {"dim": 512})
+    assert _next_training(about).unet.context_dim == 512
+    (tmp_path / "root/runs/drawn_run").mkdir()
+    assert _next_words(*about)[4] == "drawn_run2"
+
+
+def test_nothing_follows_the_scores_of_a_published_version(tmp_path: Path) -> None:
+    about = ("score", "datasets/mine/v2/scores/sharp", tmp_path)
+    assert _next_words(*about)[3:5] == ["index", "mine@v2"]
+    storage.put_json({}, str(tmp_path / "datasets/mine/v2/release.json"))
+    assert _next_words(*about) == []
+
+
+def test_latents_are_trained_on_with_neighbors_that_exist(trained_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Dataset.manifest
+    monkeypatch.setattr(Dataset, "manifest", lambda self, stage: (
+        {"info": {"shape": [1, 4, 36, 36]}} if stage == "latents" else manifest(self, stage)))
+    words = _next_words("latents", "datasets/drawn/v1/latents", trained_root)[3:]
+    assert words[:6] == ["train", "drawn_run", "--dataset", "drawn", "--database", "drawn"]
+    unet = _next_training(("latents", "datasets/drawn/v1/latents", trained_root)).unet
+    assert (unet.in_channels, unet.out_channels, 36 % unet.stride, words[-1]) == (4, 4, 0, "--latents")
     assert _next_words("latents", "datasets/flat/v1/latents", trained_root)[3:] == ["neighbors", "flat"]
 
 

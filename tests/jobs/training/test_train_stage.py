@@ -130,16 +130,25 @@ def test_a_signal_saves_a_checkpoint(root: Path, number: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_ctrl_c_saves_a_checkpoint_with_ray_workers(root: Path, cluster: Any) -> None:
-    process = subprocess.Popen([sys.executable, *_command(root, "ray-stopped", "--steps", "5000",
-                                                          "--checkpoint-every", "100000")],
-                               stderr=subprocess.PIPE, text=True)
-    _wait_for_step(root, "ray-stopped", 7, process, seconds=300)
-    process.send_signal(signal.SIGINT)
-    _, log = process.communicate(timeout=60)
-    steps = Run.parse(str(root), "ray-stopped").steps()
-    assert process.returncode == 130 and len(steps) == 1 and steps[0] >= 7, log
-    assert f"train: stopped at step {steps[0]}; the same command continues from there" in log
+def test_a_run_with_ray_workers_continues_after_ctrl_c_and_after_sigterm(root: Path, cluster: Any) -> None:
+    command = [sys.executable, *_command(root, "ray-stopped", "--checkpoint-every", "100000")]
+    reached = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen([*command, "--steps", "5000"], stderr=subprocess.PIPE, text=True)
+        _wait_for_step(root, "ray-stopped", reached + 7, process, seconds=300)
+        process.send_signal(number)
+        _, log = process.communicate(timeout=60)
+        *_, step = Run.parse(str(root), "ray-stopped").steps()
+        assert process.returncode == 130 and step >= reached + 7, log
+        assert f"train: stopped at step {step}; the same command continues from there" in log
+        assert [line for line, _ in _curve(root, "ray-stopped")] == list(range(1, step + 1))  # none lost, none twice
+        reached = step
+    subprocess.run([*command, "--steps", str(reached + 2)], check=True, stderr=subprocess.PIPE)
+    curve, undisturbed = _curve(root, "ray-stopped"), _undisturbed_curve(root)
+    assert [step for step, _ in curve] == list(range(1, reached + 3))
+    count = min(len(curve), len(undisturbed))
+    assert [loss for _, loss in curve[:count]] == pytest.approx([loss for _, loss in undisturbed[:count]], rel=2e-3)
+    assert read_manifest(str(root / "runs/ray-stopped"), "")["info"]["steps"] == reached + 2
 
 
 @pytest.mark.slow
