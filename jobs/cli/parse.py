@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from jobs.checks.place import check_new_root, other_files
 from jobs.cli.options import CommonOptions, StageOptions
 from jobs.telemetry.output import PROGRAM
 from pipeline import storage
@@ -43,6 +44,8 @@ _READ_A_SOURCE = {"style", "rebuild", "pipeline"}
 _READ_A_ROOT = {"embed", "score", "index", "neighbors", "latents", "train", "evaluate", "export", "search", "sample",
                 "versions", "rollback", "repair", "gc", "forget", "verify", "report", "show", "rm", "ls", "status"}
 """Verbs that need a root with a dataset or a run."""
+_MAKES_A_ROOT = {"demo", "style", "pipeline", "shard", "rebuild", "convert"}
+"""Verbs that make a root where there is none."""
 _READ_A_RUN = {"evaluate", "export"}
 """Verbs that need a run. `sample` checks its run itself, because its first word may be a prompt."""
 ABOUT_ALL_VERSIONS = {"rebuild": " --source SOURCE", "style": " --source SOURCE", "rollback": " --to {}",
@@ -54,7 +57,6 @@ _LOOK = {*GROUPS["watch"], "search", "versions"}
 """Verbs that only read, for a user who waits. The others repeat requests to a store for minutes."""
 STORE_ANSWER_S = 30.0
 """Seconds within which a store must answer the first request of the verbs that only read."""
-_FOLDERS_OF_A_ROOT = {"datasets", "runs", "pictures", "published", "takedowns"}
 _OLD_FLAGS = {f"--{old}": f"--{new}" for old, new in (("rebuild", "overwrite"), ("no-rebuild", "no-overwrite"))}
 
 
@@ -114,7 +116,7 @@ def check_options(verb: str, options: Any) -> None:
 
 
 def _check_root(verb: str, options: Any) -> None:
-    """ValueError if a local root is a file, or if a verb that reads one finds no root there.
+    """ValueError if a local root is a file, if a verb that reads one finds none, or if a new one lies in the source.
 
     NoAnswer if the verb only looks, and its store does not answer.
     """
@@ -122,6 +124,8 @@ def _check_root(verb: str, options: Any) -> None:
     if not root:
         return
     if not storage.is_local(root):
+        if hasattr(options, "shard"):
+            check_new_root(root, options.shard.source)
         if verb in _LOOK and not any(getattr(options, name, None) for name in ("watch", "serve")):
             _check_answer(root)
         return
@@ -129,11 +133,15 @@ def _check_root(verb: str, options: Any) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the root {root} is a file: expected a folder\nhint: --root FOLDER")
     is_server = hasattr(options, "serve") and options.serve  # it may start before the root is made
-    if verb not in _READ_A_ROOT or is_server:
+    if verb not in _READ_A_ROOT:
+        if verb in _MAKES_A_ROOT:
+            check_new_root(root, options.shard.source if hasattr(options, "shard") else ())
         return
-    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
-    if there is None or (there and not _FOLDERS_OF_A_ROOT.intersection(there)):
-        got = "no folder" if there is None else f"a folder with {', '.join(there[:3])}"
+    if is_server:
+        return
+    names = other_files(root)
+    if names or not folder.is_dir():
+        got = f"a folder with {names}" if names else "no folder"
         raise ValueError(f"{root} is no root: expected a folder with datasets or runs, got "
                          f"{got}\nhint: --root FOLDER, the one that pipeline or shard wrote into")
 

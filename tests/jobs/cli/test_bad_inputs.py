@@ -6,9 +6,11 @@ from typing import get_type_hints
 
 import pytest
 
+from jobs.checks.place import check_new_root
 from jobs.cli.main import main
 from jobs.cli.options import DatasetName
 from jobs.cli.parse import ABOUT_ALL_VERSIONS, VERBS, load_verb
+from pipeline import storage
 from tests.pipeline import synthetic
 
 # The words of each verb. NAME is a dataset or run that should exist; SOURCE and FILE are files that do.
@@ -92,6 +94,38 @@ def test_a_root_that_is_a_file_is_refused(verb: str, place: Path, capsys: pytest
 @pytest.mark.parametrize("verb", sorted(_MAKES))
 def test_a_dry_run_makes_no_root(verb: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _refused(place, verb, [*_words(place, verb, "noto", "absent"), "--dry-run"], capsys, code=0)
+
+
+@pytest.mark.parametrize("root", ["source", "source/data", "linked/data"])
+@pytest.mark.parametrize("verb", sorted(_MAKES - {"demo"}))
+def test_a_new_root_in_its_source_is_refused(verb: str, root: str, place: Path,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "linked").symlink_to(place / "source")
+    assert "lies in the source" in _refused(place, verb, _words(place, verb, "noto", root), capsys)
+
+
+def test_a_root_in_its_source_that_has_datasets_continues(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "source/data/datasets").mkdir(parents=True)
+    _refused(place, "shard", [*_words(place, "shard", "noto", "source/data"), "--dry-run"], capsys, code=0)
+
+
+def test_other_files_in_a_new_root_are_named(place: Path, capsys: pytest.CaptureFixture[str],
+                                             caplog: pytest.LogCaptureFixture) -> None:
+    for root in ("else", "absent", "root"):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            _refused(place, "shard", [*_words(place, "shard", "noto", root), "--dry-run"], capsys, code=0)
+        assert ("has other files (notes.txt, papers)" in caplog.text) == (root == "else")
+
+
+def test_a_new_root_in_the_prefix_of_its_source_is_refused(s3: str) -> None:
+    storage.put_bytes(b"image", f"{s3}/photos/1.png")
+    for root in (f"{s3}/photos", f"{s3}/photos/rdm"):
+        with pytest.raises(ValueError, match="lies in the source"):
+            check_new_root(root, [f"{s3}/photos/"])
+    check_new_root(f"{s3}/photos2", [f"{s3}/photos"])
+    storage.put_json({}, f"{s3}/photos/rdm/datasets/noto/current.json")
+    check_new_root(f"{s3}/photos/rdm", [f"{s3}/photos"])
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS.keys() - _NO_DATASET))

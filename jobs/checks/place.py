@@ -1,0 +1,42 @@
+"""Checks of the place of a root, by its name and the names of its files. They import nothing heavy."""
+
+import logging
+import os
+from collections.abc import Sequence
+
+from pipeline import storage
+
+FOLDERS = frozenset({"datasets", "runs", "pictures", "published", "takedowns"})
+"""Folders of a root. A folder with one of them is a root."""
+_SHOWN_NAMES = 3
+_log = logging.getLogger(__name__)
+
+
+def other_files(root: str) -> str:
+    """The first names in a folder that is no root; "" for a root, an empty folder or none. One listing."""
+    names = storage.list_names(storage.normalize(root))
+    return "" if FOLDERS.intersection(names) else ", ".join(names[:_SHOWN_NAMES])
+
+
+def check_new_root(root: str, sources: Sequence[str]) -> None:
+    """ValueError if a new root is the folder of a source, or lies in it.
+
+    The next version would take the images of the root for images of the source. One line of the log names other files
+    in a local root.
+    """
+    place = _real_path(root)
+    for source in sources:
+        if f"{place}/".startswith(f"{_real_path(source).rstrip('/')}/") and not _is_root(root):
+            raise ValueError(f"the root {root} lies in the source {source}, and the next version would have images of "
+                             f"the root too: expected a folder outside of the source\nhint: --root FOLDER")
+    if storage.is_local(root) and (names := other_files(root)):
+        _log.info("the root %s has other files (%s): datasets/ and runs/ will be beside them. --root FOLDER names "
+                  "another place.", root, names)
+
+
+def _is_root(root: str) -> bool:
+    return bool(FOLDERS.intersection(storage.list_folders(storage.normalize(root))))
+
+
+def _real_path(url: str) -> str:
+    return os.path.realpath(storage.normalize(url)) if storage.is_local(url) else storage.normalize(url)
