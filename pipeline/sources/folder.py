@@ -18,6 +18,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.layouts.column_paths import cell_at
 from pipeline.layouts.folders import FolderLayout, find_folder_layout, fits_layout, folder_cells
+from pipeline.media.foreign_tars.samples import MOST_JSON_BYTES, MOST_SAMPLE_BYTES
 from pipeline.media.types import SUFFIXES, BadImage
 from pipeline.rows import img2dataset
 from pipeline.rows.column_names import find_caption_columns, is_more_than_caption
@@ -26,14 +27,13 @@ from pipeline.rows.rows import BAD_ROW, Part, ReadReport, Row, hashable_cells, j
 from pipeline.sources.captions import CaptionTables, names_by_stem
 from pipeline.sources.folder_files import FolderFiles, count_text, sort_files, stem_of, suffix_of, usual_accents
 from pipeline.sources.source import Source
-from pipeline.tables.cells import JsonDecoder, cell_text, decode_text
+from pipeline.tables.cells import MOST_LETTERS, JsonDecoder, cell_text, decode_text
 from pipeline.tables.parquet_tables import read_schema
 
 if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig
 
 _log = logging.getLogger(__name__)
-_MOST_JSON_BYTES = 16 << 20
 _SAMPLED_DOCUMENTS = 64
 """So many of the JSON files beside images are read to learn the types of their columns."""
 
@@ -88,8 +88,9 @@ class FolderSource(Source):
         types.add_schema(self._shard_schema, schema_names.keys() - self._split_document(schema_names)[1].keys())
         documents = [row.json_file for row in self._rows() if row.json_file]
         step = -(-len(documents) // _SAMPLED_DOCUMENTS) or 1
-        for data in storage.map_urls(storage.read_bytes, [storage.join(self.base, name) for name in documents[::step]]):
-            types.add_row(self._split_document((_parse_document(data) or ({}, []))[0])[1])
+        for document in storage.map_urls(_read_document, [storage.join(self.base, name)
+                                                          for name in documents[::step]]):
+            types.add_row(self._split_document((document or ({}, []))[0])[1])
         return types.by_column()
 
     def parts(self) -> Iterator[Part]:
@@ -110,13 +111,15 @@ class FolderSource(Source):
         try:
             for name in filter(None, (row.caption_file, row.later_caption_file)):
                 if not row.caption:
-                    row.caption, remarks = decode_text(storage.read_bytes(storage.join(self.base, name)), "caption")
+                    row.caption, remarks = _read_text(storage.join(self.base, name))
                     row.remarks = [*row.remarks, *remarks]
             if row.json_file:
                 self._add_document(row)
             if not row.caption and (row.caption_file or row.json_file) and "json_unreadable" not in row.remarks:
                 row.remarks = [*row.remarks, "caption_missing"]
-            return storage.read_bytes(storage.join(self.base, row.name))
+            return storage.read_at_most(storage.join(self.base, row.name), MOST_SAMPLE_BYTES)
+        except storage.FileTooLarge:
+            raise BadImage("too_large", f"more than {MOST_SAMPLE_BYTES:,} bytes") from None
         except FileNotFoundError:
             raise BadImage("picture_missing", "gone since it was listed") from None
 
@@ -130,8 +133,7 @@ class FolderSource(Source):
 
     def _add_document(self, row: Row) -> None:
         """Add what the JSON beside an image says. The table of captions and the text beside the image come first."""
-        address = storage.join(self.base, row.json_file)
-        document = _parse_document(storage.read_bytes(address)) if storage.size(address) <= _MOST_JSON_BYTES else None
+        document = _read_document(storage.join(self.base, row.json_file))
         if document is None:
             row.remarks = [*row.remarks, "json_unreadable"]
             return
@@ -250,11 +252,19 @@ _EMPTY_CAPTION = "caption_missing: the table has an empty text"
 _NOT_LISTED = "named in the captions, not in the folder"
 
 
-def _parse_document(data: bytes) -> tuple[dict[str, Any], list[str]] | None:
-    """The JSON object beside an image, as cells, and remarks on these; None if it is none."""
+def _read_text(url: str) -> tuple[str, list[str]]:
+    """The text beside an image, and remarks on it; "" if it is too long."""
+    try:
+        return decode_text(storage.read_at_most(url, MOST_LETTERS), "caption")
+    except storage.FileTooLarge:
+        return "", [f"cell_changed: caption: left out, for its file has more than {MOST_LETTERS:,} bytes"]
+
+
+def _read_document(url: str) -> tuple[dict[str, Any], list[str]] | None:
+    """The JSON object beside an image, as cells, and remarks on these; None if it is none, or is too large."""
     decoder = JsonDecoder()
     try:
-        text = data.decode("utf-8-sig")
+        text = storage.read_at_most(url, MOST_JSON_BYTES).decode("utf-8-sig")
         cells = decoder.parse_row(text)
         return json_cells(cells), decoder.take_remarks(cells, text)
     except ValueError:

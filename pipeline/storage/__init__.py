@@ -18,6 +18,7 @@ from pipeline.storage.conditional import can_swap, create_bytes, put_checked, sw
 from pipeline.storage.credentials import redact_credentials, redact_known_credentials, redact_url
 from pipeline.storage.errors import (
     DamagedFile,
+    FileTooLarge,
     NoAnswer,
     StorageError,
     denial_message,
@@ -40,6 +41,7 @@ from pipeline.storage.files import (
     put_bytes,
     put_file,
     put_json,
+    read_at_most,
     read_bytes,
     read_json,
     read_range,
@@ -69,6 +71,7 @@ from pipeline.storage.remembered import forget_reads, remember_reads
 
 __all__ = [
     "DamagedFile",
+    "FileTooLarge",
     "Holder",
     "Lease",
     "LeaseConflict",
@@ -120,6 +123,7 @@ __all__ = [
     "put_file",
     "put_json",
     "quote",
+    "read_at_most",
     "read_bytes",
     "read_json",
     "read_range",

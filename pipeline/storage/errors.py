@@ -32,6 +32,10 @@ class NoAnswer(StorageError):
     """The store could not be reached, or did not answer in time. Whether an object exists is not known."""
 
 
+class FileTooLarge(ValueError):
+    """A file is larger than its reader allows."""
+
+
 class DamagedFile(ValueError):
     """A file below a root is missing, or is not what this program wrote there. Commands end with exit code 1."""
 

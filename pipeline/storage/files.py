@@ -20,6 +20,7 @@ from pipeline.storage.addresses import ATTEMPTS, S3_SCHEMES, is_local, local_pat
 from pipeline.storage.errors import (
     FILE,
     DamagedFile,
+    FileTooLarge,
     NoAnswer,
     find_kind,
     refuse_special_file,
@@ -188,6 +189,30 @@ def _request_bytes(url: str) -> bytes:
         # One request. By default s3fs asks for the size first, to read parts of large objects at the same time. The
         # object may be replaced between two parts.
         return fs.cat_file(path, **({"max_concurrency": 1} if url.split("://", 1)[0] in S3_SCHEMES else {}))
+
+
+def read_at_most(url: str, most: int) -> bytes:
+    """The whole content of `url`; FileTooLarge if that is more than `most` bytes, of which no more are read then."""
+    fs, path = _open_to_read(url)
+    with storage_errors(url, "read"):
+        if is_local(url):
+            length = os.stat(path).st_size
+            data = fs.cat_file(path) if length <= most else b""
+        else:
+            data = _first_bytes(fs, path, most + 1)  # one request, which need not know the size
+            length = len(data)
+    if length > most:
+        raise FileTooLarge(f"{url} has more than {most:,} bytes")
+    return data
+
+
+def _first_bytes(fs: FileSystem, path: str, count: int) -> bytes:
+    try:
+        return fs.cat_file(path, start=0, end=count)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # an empty object has no first byte
+            raise
+        return b""
 
 
 def read_range(url: str, start: int, end: int) -> bytes:

@@ -1,6 +1,7 @@
 """A text that is too long for memory costs only itself, in every kind of source."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.media import tars
+from pipeline.media.foreign_tars.samples import MOST_JSON_BYTES, MOST_SAMPLE_BYTES
 from pipeline.tables.cells import MOST_LETTERS
 from tests.laws.rows.row_accounting import PICTURES, shard_source
 from tests.pipeline.shards.test_shard import ledger, table
@@ -38,6 +40,27 @@ def _make_source(kind: str, folder: Path) -> Path:
         (folder / "in" / kind).write_text("".join(json.dumps({"file_name": name, "text": caption}) + "\n"
                                                   for name, caption in zip(NAMES, CAPTIONS, strict=True)))
     return folder / "in"
+
+
+def _make_sparse(path: Path, length: int) -> None:
+    with open(path, "wb") as file:
+        file.truncate(length)
+
+
+def test_huge_files_beside_images_are_not_read(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in NAMES:
+        (source / name).write_bytes(PICTURES[name])
+        _make_sparse((source / name).with_suffix(".txt"), 1 << 40)  # no memory holds it
+    _make_sparse(source / "03.png", MOST_SAMPLE_BYTES + 1)
+    _make_sparse(source / "00.json", MOST_JSON_BYTES + 1)
+    dataset, manifest = shard_source(tmp_path / "root", source)
+    assert [row["status"] for row in table(dataset, manifest)] == ["success"] * 3 + ["failed_to_download"]
+    reasons = Counter((entry["key"], entry["reason"]) for entry in ledger(dataset, manifest))
+    assert reasons == Counter({("03.png", "too_large"): 1, ("00.png", "json_unreadable"): 1,
+                               **{(name, "cell_changed"): 1 for name in NAMES},
+                               **{(name, "caption_missing"): 1 for name in ("01.png", "02.png", "03.png")}})
 
 
 @pytest.mark.parametrize(("kind", "reasons"), [

@@ -165,6 +165,18 @@ def test_files_of_another_process_are_listed(s3):
     assert not storage.exists(storage.join(folder, "1.json"))
 
 
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_a_file_is_read_up_to_a_limit(where, tmp_path, request):
+    root = str(tmp_path) if where == "local" else request.getfixturevalue("s3")
+    for content in (b"", b"four"):
+        storage.put_bytes(content, storage.join(root, "file"))
+        assert storage.read_at_most(storage.join(root, "file"), 4) == content
+    with pytest.raises(storage.FileTooLarge, match="more than 3 bytes"):
+        storage.read_at_most(storage.join(root, "file"), 3)
+    with pytest.raises(FileNotFoundError):
+        storage.read_at_most(storage.join(root, "none"), 3)
+
+
 def test_a_missing_bucket_is_an_error(s3):
     with pytest.raises(storage.StorageError, match=r"there is no such bucket\nhint: make it") as caught:
         storage.put_bytes(b"x", "s3://no-such-bucket-here/plan.json")
