@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from jobs.cli.parse import GROUPS, VERBS, default_options, load_verb
 from jobs.config.field_docs import field_docs
+from jobs.config.recipes import RECIPES
 from jobs.telemetry import output
 from jobs.telemetry.output import PROGRAM
 
@@ -28,6 +29,9 @@ SHELLS = {
 }
 """For each shell the script that completes `rdm`. The shell asks the program for the words at each press of Tab."""
 
+_NAME_DATASETS = {"--dataset", "--database", "--validation", "--extend"}
+_RUN_FLAG = "--train"
+_NAME_RUNS = {"train", "sample", "evaluate", "export"}  # verbs
 _UNWRAPPED = 1000  # columns where no terminal has a width
 _ON_WORKERS = {"shard", "embed", "score", "index", "neighbors", "latents", "train", "sample", "evaluate", "rebuild",
                "style", "pipeline", "demo", "plan"}
@@ -156,9 +160,13 @@ def _has_flags(hint: Any) -> bool:
 
 def list_flags(verb: str) -> set[str]:
     """The flags of a verb."""
+    return {*re.findall(r"^\W*?(--[a-z][\w.-]*)", _help_text(verb), re.MULTILINE), "--help", "--help-all"}
+
+
+def _help_text(verb: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as text:
         _print_flags(verb, everything=True)
-    return {*re.findall(r"^\W*?(--[a-z][\w.-]*)", text.getvalue(), re.MULTILINE), "--help", "--help-all"}
+    return text.getvalue()
 
 
 def fit_flags(text: str, verb: str) -> str:
@@ -184,15 +192,37 @@ def fit_flags(text: str, verb: str) -> str:
 
 
 def complete(words: Sequence[str]) -> list[str]:
-    """Completions of the last word: verbs, flags of the verb, datasets of a local root."""
+    """Completions of the last word: verbs, flags of the verb and their values, datasets or runs of a local root.
+
+    None where the value of a flag is text or a file: the shell then completes files.
+    """
     *before, current = words or [""]
-    verb = next((word for word in before if word in VERBS), "")
-    if not verb:
-        found = [*VERBS, "--help", "--version", "--completion"]
-    elif current.startswith("-"):
-        found = sorted(list_flags(verb))
+    named = [word for word in before if word in VERBS]
+    verb = "".join(named[1:2] if named[:1] == ["submit"] else named[:1])  # the words of `submit` are another command
+    previous = before[-1] if before else ""
+    if named and current.startswith("-"):
+        found = sorted(list_flags(verb or "submit"))
+    elif not verb:
+        found = [*VERBS] if named else [*VERBS, "--help", "--version", "--completion"]
+    elif previous == "--recipe":
+        found = [*RECIPES]
+    elif previous.startswith("--") and previous not in {*_NAME_DATASETS, _RUN_FLAG} and (
+            values := _values_of(verb, previous)):
+        found = [] if values == ["STR"] else values
     else:
-        root = next((word for flag, word in itertools.pairwise(before) if flag == "--root"), output.DEFAULT_ROOT)
-        folder = Path(root) / ("runs" if before[-1] in {"train", "sample", "evaluate", "export"} else "datasets")
+        is_run = previous == _RUN_FLAG or (verb in _NAME_RUNS and previous not in _NAME_DATASETS)
+        folder = Path(_root_of(before)).expanduser() / ("runs" if is_run else "datasets")
         found = sorted(os.listdir(folder)) if folder.is_dir() else []
     return [word for word in found if word.startswith(current)]
+
+
+def _root_of(words: Sequence[str]) -> str:
+    """The root that words of a command line name."""
+    pairs = [*itertools.pairwise(words), *(word.split("=", 1) for word in words if word.startswith("--root="))]
+    return next((root for flag, root in pairs if flag == "--root"), output.DEFAULT_ROOT)
+
+
+def _values_of(verb: str, flag: str) -> list[str]:
+    """The values that a flag may have, or the name of their type. Empty if it has none, as those of yes or no."""
+    match = re.search(rf"{re.escape(flag)} (?:\{{(.+?)\}}|\[?([A-Z]+))", _help_text(verb))
+    return ([*match[1].split(",")] if match[1] else ["STR"]) if match else []

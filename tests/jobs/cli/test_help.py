@@ -151,6 +151,19 @@ def test_completion_gives_verbs_flags_and_names(tmp_path: Path) -> None:
     assert "--decoders" not in help_pages.complete(["index", "--"])
     assert help_pages.complete(["embed", "--root", str(tmp_path), "no"]) == ["noto", "nova"]
     assert help_pages.complete(["--root", "embed", str(tmp_path), "zzz"]) == []
+    assert help_pages.complete(["embed", f"--root={tmp_path}", "no"]) == ["noto", "nova"]
+    assert help_pages.complete(["train", "--root", str(tmp_path), ""]) == ["emoji_32"]
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    ("train x --tracker w", ["wandb"]), ("train x --recipe emoji_3", ["emoji_32"]), ("shard x --format j", ["jpg"]),
+    ("submit --wait emb", ["embed"]), ("submit --wait embed --mod", ["--model"]), ("submit --retr", ["--retries"]),
+    ("train x --root ROOT --dataset no", ["noto"]), ("pipeline a --root ROOT --train em", ["emoji_32"]),
+    ("shard x --root ROOT --source ", []), ("shard x --root ROOT --image-size ", [])])
+def test_completion_gives_the_values_of_a_flag(words: str, expected: list[str], tmp_path: Path) -> None:
+    for folder in ("datasets/noto/v1", "runs/emoji_32"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert help_pages.complete(words.replace("ROOT", str(tmp_path)).split(" ")) == expected
 
 
 _BASH = ("source <(rdm --completion bash); COMP_WORDS=(rdm {words}); COMP_CWORD={last}; _rdm; "
