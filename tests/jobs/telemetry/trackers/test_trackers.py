@@ -169,7 +169,7 @@ def test_training_reports_its_end_and_a_failure(prepared_root: Path, tmp_path: P
     root, small = tmp_path / "root", tiny()
     shutil.copytree(prepared_root, root)
     dataset = Dataset.parse(str(root), "drawn")
-    config = replace(small, steps=4, global_batch=2, log_every=1, checkpoint_every=2, image_size=16, precision="fp32",
+    config = replace(small, steps=5, global_batch=2, log_every=2, checkpoint_every=2, image_size=16, precision="fp32",
                      unet=replace(small.unet, model_channels=32, channel_mult=(1,), attention_downsampling=(1,)))
     job = Job(Run.parse(str(root), "small"), dataset, dataset, config, trackers=both)
 
@@ -184,7 +184,7 @@ def test_training_reports_its_end_and_a_failure(prepared_root: Path, tmp_path: P
     for name in both:
         tracked = READERS[name](root, job.run.path)
         assert tracked.state == STATES[name]["finished"]
-        assert [step for step, _ in tracked.metrics["loss"]] == [1, 2, 3, 4]
+        assert [step for step, _ in tracked.metrics["loss"]] == [2, 4, 5]  # the last one always
 
 
 def test_a_stage_reports_its_counts_and_its_images(tmp_path: Path, name: str) -> None:
