@@ -185,23 +185,23 @@ def run_verify(options: VerifyOptions) -> int:
         output.print_answer(folders, lambda: "\n".join(folders), as_json=options.json)
         return 0
     damaged = [{"path": stage["path"], "fault": stage["error"]} for stage in stages if stage["state"] == "damaged"]
-    faults, first = 0, ""
+    faults: list[str] = []
     for fault in itertools.chain(chain, damaged, *(
             verify.find_faults(root, path, quick=options.quick) for path in folders)):
-        faults, first = faults + 1, first or fault["path"]
+        faults.append(fault["path"])
         if options.json:
             output.print_json(fault)
         else:
             output.print_text(f"{fault['path']}: {fault['fault']}")
-    _log.info("verify: %d folders read, %d faults", len(folders), faults)
+    _log.info("verify: %d folders read, %d faults", len(folders), len(faults))
     if not folders and not chain:
         raise ValueError(f"nothing is sealed in {storage.join(root, only)}\nhint: python -m jobs status, which lists "
                          f"what is in a root")
     if faults:
         from jobs.inspection.way_back import find_command
         from jobs.telemetry import logs
-        command = find_command(root, first, keys)
-        logs.log_exit(f"{faults} faults, the first in {first}\nhint: {command}", exit=1)
+        command = find_command(root, faults, keys)
+        logs.log_exit(f"{len(faults)} faults, the first in {faults[0]}\nhint: {command}", exit=1)
     return 1 if faults else 0
 
 

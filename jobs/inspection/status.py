@@ -155,10 +155,10 @@ def _paths(root: str) -> list[str]:
     for name in storage.list_folders(storage.join(root, "datasets")):
         for version in storage.list_folders(storage.join(root, "datasets", name)):
             base = f"datasets/{name}/{version}"
+            folders = storage.list_folders(storage.join(root, base))
             paths += [f"{base}/{stage}" for stage in _OF_A_DATASET]
-            paths += [f"{base}/{stage}" for stage in _OF_SOME
-                      if storage.exists(storage.join(root, base, stage, "plan.json"))]
-            paths += [f"{base}/{stage}/{folder}" for stage in ("scores", "neighbors")
+            paths += [f"{base}/{stage}" for stage in _OF_SOME if stage in folders]
+            paths += [f"{base}/{stage}/{folder}" for stage in ("scores", "neighbors") if stage in folders
                       for folder in storage.list_folders(storage.join(root, base, stage))]
     for run in storage.list_folders(storage.join(root, "runs")):
         paths.append(f"runs/{run}")

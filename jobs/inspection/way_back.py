@@ -1,5 +1,7 @@
 """The command that replaces a damaged folder, as `verify` names it."""
 
+from collections.abc import Collection, Sequence
+
 from jobs.publishing.check_published import list_published
 from jobs.publishing.whole_versions import (
     find_false_facts,
@@ -18,12 +20,13 @@ from pipeline.releases.signatures import ReleaseKeys
 from pipeline.storage import DamagedFile
 from pipeline.takedowns import takedown_list
 
-_OF_RUNS = {"samples": "sample", "judges": "evaluate", "evaluations": "evaluate"}
+_OF_RUNS = {"samples", "judges", "evaluations"}
 
 
-def find_command(root: str, path: str, keys: ReleaseKeys) -> str:
-    """The command that repairs `path`, a folder or file below a root. The log writes its `--root`."""
-    command = _find_command(root, path, keys)
+def find_command(root: str, paths: Sequence[str], keys: ReleaseKeys) -> str:
+    """The command that repairs the first of `paths`, damaged folders and files. The log writes its `--root`."""
+    path = paths[0]
+    command = _find_command(root, paths, keys)
     if "jobs repair " in command:  # it removes nothing that is no file: that may not be ours
         odd = [url for place in (path, takedown_list.NAME)
                if (url := storage.join(root, place)) not in command and _is_odd(url)]
@@ -41,21 +44,23 @@ def _is_odd(url: str) -> bool:
     return False
 
 
-def _find_command(root: str, path: str, keys: ReleaseKeys) -> str:
+def _find_command(root: str, paths: Sequence[str], keys: ReleaseKeys) -> str:
+    path = paths[0]
     if path.startswith("takedowns/"):
         return f"python -m jobs repair {(list_published(root) or ['NAME'])[0]}"
     kind, name, *rest = path.split("/")
     if kind in {"datasets", "published"} and rest and is_name(name):
-        return _mend_dataset(root, name, kind, rest, keys)
-    if kind == "runs":
-        verb = _OF_RUNS.get(rest[0] if rest else "", "train")
-        options = " --dataset DATASET" if verb == "train" else ""
-        again = "" if verb == "evaluate" else " --overwrite"
-        return f"python -m jobs {verb} {name}{options}{again}"
+        return _mend_dataset(root, name, kind, rest, keys, {storage.join(root, path) for path in paths})
+    if kind == "runs" and len(rest) > 1 and rest[0] in _OF_RUNS:
+        return f"python -m jobs rm runs/{name}/{rest[0]}/{rest[1]}"
+    if kind == "runs":  # a command that trains again would remove the checkpoints that are whole
+        return (f"restore {storage.join(root, kind, name)} from a backup; or, to remove it with its samples: "
+                f"python -m jobs rm runs/{name}")
     return f"python -m jobs demo, after {storage.join(root, kind, name)} is removed"
 
 
-def _mend_dataset(root: str, name: str, kind: str, rest: list[str], keys: ReleaseKeys) -> str:
+def _mend_dataset(root: str, name: str, kind: str, rest: list[str], keys: ReleaseKeys, damaged: Collection[str]
+                  ) -> str:
     try:
         current = Published.load(root, name, keys)
     except DamagedFile as error:
@@ -70,10 +75,10 @@ def _mend_dataset(root: str, name: str, kind: str, rest: list[str], keys: Releas
         return f"python -m jobs repair {name}{current.repair_options()}"
     if stage in RELEASED_STAGES or stage == "release.json" or version == "current.json":
         if version in {current.version, "current.json"}:
-            return find_way_back(current)
+            return find_way_back(current, damaged)
         if (version in list_publications(current) or version in find_references(current)
                 or release_files.has_release(dataset)):
-            return find_replacement(current, version)
+            return find_replacement(current, version, damaged)
     if stage == "clip-retrieval":
         return f"{dataset.command('embed')} --export clip-retrieval --overwrite"
     return f"{dataset.command(stage)} --overwrite"

@@ -43,6 +43,8 @@ class GcConfig:
     """Number of newest published versions to keep, besides those that are in use."""
     lease: Annotated[float, Ge(0)] = 24.0
     """Hours to keep a version after another one replaced it, or after work on it ended. Readers may still use it."""
+    verify: bool = False
+    """Read all files of the versions, as `verify` does. A damaged version does not count among the newest."""
 
     def __post_init__(self) -> None:
         check_bounds("gc", self)

@@ -26,6 +26,7 @@ from pipeline.stages.manifest import read_manifest
 from pipeline.stages.plan import read_items
 from pipeline.stages.types import StageFailed
 from pipeline.storage import DamagedFile
+from pipeline.versions.verify import find_faults
 
 _log = logging.getLogger(__name__)
 _PUBLISHING_S = 3600.0  # how long gc waits for a command that has marked a version and not yet published it
@@ -53,7 +54,7 @@ def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = F
         if not current.version:
             raise ValueError(f"nothing of {name} is published in {root}: nothing is old\n"
                              f"hint: python -m jobs versions {name}")
-        _refuse_damaged(current)
+        _refuse_damaged(current, config.verify)
         versions = _choose(current, config, now)
         stays = _keep_unreadable(current, versions)
         samples = find_samples(root, name)
@@ -67,11 +68,19 @@ def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = F
     return versions
 
 
-def _refuse_damaged(current: Published) -> None:
+def _refuse_damaged(current: Published, verify: bool) -> None:
     """StageFailed if the published version is damaged: an earlier one may have to replace it."""
-    if fault := find_fault(current, current.document):
+    damaged = _read_version(current, current.version) if verify else []
+    if fault := find_fault(current, current.document, damaged) or ", ".join(damaged[:1]):
         raise StageFailed(f"the published {current.name}@{current.version} is damaged: {fault}\n"
-                          f"hint: {find_way_back(current)}")
+                          f"hint: {find_way_back(current, damaged)}")
+
+
+def _read_version(current: Published, version: str) -> list[str]:
+    """URLs of the damaged files of a version, by reading all of them."""
+    dataset = Dataset(current.root, current.name, version)
+    return [storage.join(current.root, fault["path"]) for stage in RELEASED_STAGES if dataset.is_sealed(stage)
+            for fault in find_faults(current.root, dataset.path(stage))]
 
 
 @contextlib.contextmanager
@@ -105,7 +114,7 @@ def _choose(current: Published, config: GcConfig, now: float) -> list[dict[str, 
     removed = {version for version in all_versions if is_removed(root, name, version)}
     past = [version for version in all_versions if current.unpublished_since(version) is not None
             and version not in removed]
-    newest = _newest_whole(current, past, config.keep)
+    newest = _newest_whole(current, past, config)
 
     def reason(version: str) -> str:
         if version == current.version:
@@ -126,13 +135,16 @@ def _choose(current: Published, config: GcConfig, now: float) -> list[dict[str, 
             if version not in removed or list(_removable(current, version))]
 
 
-def _newest_whole(current: Published, versions: list[str], count: int) -> set[str]:
-    """The newest `count` undamaged versions: a rollback needs an undamaged one."""
+def _newest_whole(current: Published, versions: list[str], config: GcConfig) -> set[str]:
+    """The newest undamaged versions, `config.keep` of them: a rollback needs an undamaged one."""
     publications, newest = list_publications(current), set[str]()
     for version in reversed(versions):
-        if len(newest) == count:
+        if len(newest) == config.keep:
             break
-        if version in publications and (fault := find_fault(current, publications[version])):
+        fault = find_fault(current, publications[version]) if version in publications else ""
+        if not fault and config.verify and (damaged := _read_version(current, version)):
+            fault = f"{damaged[0]} is damaged"
+        if fault:
             _log.warning("gc: %s@%s does not count among the newest versions: %s", current.name, version, fault)
         else:
             newest.add(version)

@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from jobs.publishing.consumers import find_consumers
@@ -61,14 +61,14 @@ def find_later_base(current: Published) -> str:
                  ), "")
 
 
-def find_fault(current: Published, document: Mapping[str, Any]) -> str:
+def find_fault(current: Published, document: Mapping[str, Any], damaged: Collection[str] = ()) -> str:
     """A fault of the version of a publication: its release, a manifest or a file; "" if all is there.
 
-    Sizes are compared, and the hashes of files that are newer than their manifest.
+    Sizes are compared, and the hashes of files that are newer than their manifest. `damaged`: URLs of damaged files.
     """
     try:
         dataset = Published(current.root, current.name, None, dict(document)).open()
-        missing = find_missing_files(dataset, dict(dataset.trusted))
+        missing = find_missing_files(dataset, dict(dataset.trusted), damaged=damaged)
     except DamagedFile as error:
         return str(error).splitlines()[0]
     return f"{len(missing)} files are missing or changed, the first is {missing[0]}" if missing else ""
@@ -142,30 +142,40 @@ def refuse_removed(dataset: Dataset, stage_name: str) -> None:
                      f"hint: {command}")
 
 
-def find_earlier_version(current: Published) -> tuple[str, dict[str, str]]:
+def find_earlier_version(current: Published, damaged: Collection[str] = ()) -> tuple[str, dict[str, str]]:
     """The newest undamaged version before the published one ("" if none), and the faults of later versions."""
     faults: dict[str, str] = {}
     for version, document in reversed(list_publications(current).items()):
         if version_number(version) < current.number and not is_removed(current.root, current.name, version):
-            if not (fault := find_fault(current, document)):
+            if not (fault := find_fault(current, document, damaged)):
                 return version, faults
             faults[version] = fault
     return "", faults
 
 
-def find_way_back(current: Published) -> str:
-    """The commands that replace a damaged published version by an undamaged one."""
+def find_way_back(current: Published, damaged: Collection[str] = ()) -> str:
+    """The commands that replace a damaged published version by an undamaged one.
+
+    `damaged`: URLs of damaged files. A plain `rebuild` does not read the files that it takes over.
+    """
     sign = " --sign KEYFILE" if current.keys.accepted or "signature" in current.document else ""
-    rebuild = f"python -m jobs rebuild {current.name} --source SOURCE{sign}"
-    version, _ = find_earlier_version(current)
+    read = " --thorough" if find_fault(current, current.document, damaged) and not find_fault(
+        current, current.document) else ""
+    rebuild = f"python -m jobs rebuild {current.name} --source SOURCE{read}{sign}"
+    version, _ = find_earlier_version(current, damaged)
     return f"python -m jobs rollback {current.name} --to {version}{sign}; or {rebuild}" if version else rebuild
 
 
-def find_replacement(current: Published, version: str) -> str:
-    """The command for a damaged version: another takes its place, or gc removes it."""
-    if version == current.version or find_fault(current, current.document):  # gc needs a whole published version
-        return find_way_back(current)
-    command = f"python -m jobs gc {current.name} --lease 0"
+def find_replacement(current: Published, version: str, damaged: Collection[str] = ()) -> str:
+    """The command for a damaged version: another takes its place, or gc removes it.
+
+    `damaged`: URLs of damaged files. By itself gc does not read the files of a version.
+    """
+    if version == current.version or find_fault(current, current.document, damaged):  # gc needs a whole published one
+        return find_way_back(current, damaged)
+    document = list_publications(current).get(version)
+    read = " --verify" if document and not find_fault(current, document) else ""
+    command = f"python -m jobs gc {current.name} --lease 0{read}"
     users = find_consumers(current.root, current.name).get(version)
     if not users:
         return command

@@ -1,7 +1,9 @@
 """Reading a sealed folder again: is every file what its manifest says, and does it line up?"""
 
+import contextlib
 import hashlib
 import itertools
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -18,6 +20,8 @@ from pipeline.stages import records
 from pipeline.stages.documents import check_manifest, check_plan
 from pipeline.stages.manifest import changed_inputs, read_manifest
 from pipeline.stages.plan import item_ids, read_items
+
+_CARRIED = re.compile(r"rows/[\w-]+-([0-9a-f]{12})\.jsonl?")
 
 
 def find_faults(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, str]]:
@@ -39,6 +43,7 @@ def find_faults(root: str, path: str, *, quick: bool = False) -> Iterator[dict[s
         yield _fault(path, "manifest.json", f"is stale: {name} changed since")
     if quick:
         return
+    yield from _carried_files(path, base)
     faulty = set()
     for entry in itertools.chain(manifest["files"], itertools.chain.from_iterable(
             record["files"] for record in manifest["items"])):
@@ -111,6 +116,21 @@ def _plan(path: str, base: str, manifest: dict[str, Any]) -> Iterator[dict[str, 
         yield _fault(path, "plan.json", f"is missing, or a list beside it: {error.filename or error}")
     except (ValueError, KeyError, TypeError) as error:
         yield _fault(path, "plan.json", f"cannot be read: {str(error).splitlines()[0]}")
+
+
+def _carried_files(path: str, base: str) -> Iterator[dict[str, str]]:
+    """The lists that a plan brought along must have the bytes that their names say."""
+    names: dict[str, str] = {}
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # faults of the plan
+        for item in read_items(base):
+            names |= {value: match[1] for value in item.inputs.values()
+                      if isinstance(value, str) and (match := _CARRIED.fullmatch(value))}
+    for name, sha256 in sorted(names.items()):
+        try:
+            if not storage.sha256(storage.join(base, name)).startswith(sha256):
+                yield _fault(path, name, "has other bytes than its name says (sha256)")
+        except FileNotFoundError:
+            yield _fault(path, name, "is missing")
 
 
 def _file(url: str, entry: dict[str, Any]) -> str:

@@ -33,11 +33,16 @@ def test_the_hint_rebuilds_the_stage(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("datasets/art/v2/embeddings/000000.npy", "embed art@v2 --overwrite"),
     ("datasets/art/v1/clip-retrieval/manifest.json", "embed art --export clip-retrieval --overwrite"),
     ("datasets/art/v1/forgotten.json", "repair art"),
-    ("runs/small/manifest.json", "train small --dataset DATASET --overwrite"),
-    ("runs/small/samples/a/samples.json", "sample small --overwrite"),
+    ("runs/small/samples/a/samples.json", "rm runs/small/samples/a"),
+    ("runs/small/evaluations/a/grid.png", "rm runs/small/evaluations/a"),
     ("pictures/emoji/manifest.json", "demo, after /r/pictures/emoji is removed")])
 def test_each_path_has_a_command_that_restores_it(path: str, way: str) -> None:
-    assert find_command("/r", path, NO_KEYS).replace(" --root /r", "") == f"python -m jobs {way}"
+    assert find_command("/r", [path], NO_KEYS).replace(" --root /r", "") == f"python -m jobs {way}"
+
+
+def test_no_command_trains_a_damaged_run_again() -> None:
+    assert find_command("/r", ["runs/small/plan.json"], NO_KEYS) == (
+        "restore /r/runs/small from a backup; or, to remove it with its samples: python -m jobs rm runs/small")
 
 
 def test_a_dataset_name_of_300_letters_is_invalid_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
