@@ -64,11 +64,11 @@ def find_later_base(current: Published) -> str:
 def find_fault(current: Published, document: Mapping[str, Any], damaged: Collection[str] = ()) -> str:
     """A fault of the version of a publication: its release, a manifest or a file; "" if all is there.
 
-    Sizes are compared, and the hashes of files that are newer than their manifest. `damaged`: URLs of damaged files.
+    Sizes are compared, and the hashes of files that are newer than their manifest or may be `damaged` (URLs).
     """
     try:
         dataset = Published(current.root, current.name, None, dict(document)).open()
-        missing = find_missing_files(dataset, dict(dataset.trusted), damaged=damaged)
+        missing = find_missing_files(dataset, dict(dataset.trusted), suspects=damaged)
     except DamagedFile as error:
         return str(error).splitlines()[0]
     return f"{len(missing)} files are missing or changed, the first is {missing[0]}" if missing else ""
@@ -156,7 +156,7 @@ def find_earlier_version(current: Published, damaged: Collection[str] = ()) -> t
 def find_way_back(current: Published, damaged: Collection[str] = ()) -> str:
     """The commands that replace a damaged published version by an undamaged one.
 
-    `damaged`: URLs of damaged files. A plain `rebuild` does not read the files that it takes over.
+    `damaged`: URLs of files that may be damaged. A plain `rebuild` does not read the files that it takes over.
     """
     sign = " --sign KEYFILE" if current.keys.accepted or "signature" in current.document else ""
     read = " --thorough" if find_fault(current, current.document, damaged) and not find_fault(
@@ -169,7 +169,7 @@ def find_way_back(current: Published, damaged: Collection[str] = ()) -> str:
 def find_replacement(current: Published, version: str, damaged: Collection[str] = ()) -> str:
     """The command for a damaged version: another takes its place, or gc removes it.
 
-    `damaged`: URLs of damaged files. By itself gc does not read the files of a version.
+    `damaged`: URLs of files that may be damaged. By itself gc does not read the files of a version.
     """
     if version == current.version or find_fault(current, current.document, damaged):  # gc needs a whole published one
         return find_way_back(current, damaged)

@@ -43,12 +43,12 @@ def find_successor(root: str, name: str) -> str:
 
 
 def find_missing_files(dataset: Dataset, manifests: Mapping[str, str], *, read: bool = False,
-                       damaged: Collection[str] = ()) -> list[str]:
+                       suspects: Collection[str] = ()) -> list[str]:
     """URLs of the files of a release that are missing or changed. Each folder is listed once.
 
     `manifests` names the sha256 of the manifest of each stage. A manifest that is not that one counts as missing.
     Sizes are compared. A file that is newer than its manifest was written after the seal, and is read to compare its
-    sha256. `read`: read every file. `damaged`: URLs of files that are known to be damaged.
+    sha256. `read`: read every file. `suspects`: URLs of files to read.
     """
     changed = find_changed_manifests(dataset, manifests)
     missing = [storage.join(dataset.folder(stage_name), "manifest.json") for stage_name in changed]
@@ -66,8 +66,8 @@ def find_missing_files(dataset: Dataset, manifests: Mapping[str, str], *, read: 
             length, written = listings[parent].get(name, (-1, 0.0))
             is_newer = length == entry["bytes"] and written > sealed
             newer += is_newer
-            if (length != entry["bytes"] or url in damaged
-                    or ((read or is_newer) and storage.sha256(url) != entry["sha256"])):
+            in_doubt = read or is_newer or url in suspects
+            if length != entry["bytes"] or (in_doubt and storage.sha256(url) != entry["sha256"]):
                 missing.append(url)
     if newer:
         _log.info("%s: %d files are newer than their manifests and were read again", dataset.label, newer)

@@ -51,6 +51,13 @@ def _edit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def _rot(path: Path) -> None:
+    """Change the content as a failing disk does: the file keeps its length and its time."""
+    before = path.stat()
+    _edit(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def _replace(path: Path, make: Callable[[Path], Any]) -> None:
     path.unlink()
     make(path)
@@ -58,7 +65,8 @@ def _replace(path: Path, make: Callable[[Path], Any]) -> None:
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "empty": lambda path: path.write_bytes(b""), "cut": lambda path: path.write_bytes(path.read_bytes()[:-9]),
-    "edited": _edit, "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)), "removed": Path.unlink,
+    "edited": _edit, "rot": _rot, "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "removed": Path.unlink,
     "pipe": lambda path: _replace(path, os.mkfifo), "folder": lambda path: _replace(path, Path.mkdir)}
 
 
@@ -96,7 +104,7 @@ def follow(place: Path, output: str) -> Iterator[str]:
         yield " ".join(words)
         words = [word for number, word in enumerate(words) if word != "--root" and words[number - 1] != "--root"]
         if words[0] == "rebuild":
-            rebuild(place / "root", place / "source")
+            rebuild(place / "root", place / "source", thorough="--thorough" in words)
             return
         code, output = run(place / "root", *words)
         if code == 0:

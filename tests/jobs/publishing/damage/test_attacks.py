@@ -20,6 +20,9 @@ _FILES = (f"{_VERSIONS}/current.json", f"published/{NAME}/000001.json", f"publis
           f"{_VERSIONS}/v1/shards/manifest.json", f"{_VERSIONS}/v1/shards/000000.tar",
           f"{_VERSIONS}/v2/embeddings/manifest.json", f"{_VERSIONS}/v3/index/knn.index",
           f"{_VERSIONS}/v2/forgotten.json", "forgotten.json", "takedowns/000001.json")
+_UNSEEN_BY_SIZES = [
+    (f"{_VERSIONS}/v1/shards/000000.tar", "rot"), (f"{_VERSIONS}/v3/embeddings/000000.npy", "rot"),
+    (f"{_VERSIONS}/v3/index/records/index.json", "edited"), (f"{_VERSIONS}/v2/shards/plan.json", "removed")]
 _KINDS = os.environ.get("RDM_ATTACKS", "edited,removed,pipe").split(",")
 _VERBS = (["status"], ["versions", NAME], ["rollback", NAME, "--dry-run"],
           ["rollback", NAME, "--to", "v1", "--dry-run"], ["repair", NAME, "--dry-run"], ["gc", NAME, "--dry-run"],
@@ -55,6 +58,7 @@ def attack(template: Path, folder: Path, file: str, damage: str) -> list[str]:
 
 def _attacks() -> Iterator[Any]:
     """Each file with each kind of damage. One kind of each file is in `make test`; the others are slow."""
+    yield from _UNSEEN_BY_SIZES
     for number, file in enumerate(_FILES):
         for place, damage in enumerate(_KINDS):
             slow = "RDM_ATTACKS" not in os.environ and number % len(_KINDS) != place
