@@ -8,6 +8,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from jobs.publishing.config import GcConfig
@@ -293,7 +294,17 @@ def _remove_files(current: Published, version: str, stays: set[str], *, dry_run:
             storage.remove(url)
         counts["removed_files"] += 1
         counts["removed_bytes"] += length or 0
+    if not dry_run and storage.is_local(current.root):
+        _remove_empty_folders(storage.local_path(storage.join(current.folder, version)))
     return counts
+
+
+def _remove_empty_folders(folder: Path) -> None:
+    """Remove the empty folders below one, also one in the place of a file, which would look like a damaged file."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):  # not if there is something in it
+                path.rmdir()
 
 
 def _removable(current: Published, version: str) -> Iterator[tuple[str, int | None]]:

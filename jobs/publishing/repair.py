@@ -127,6 +127,10 @@ def _repair_takedowns(root: str, name: str, *, accepted: bool) -> dict[str, Any]
     if not takedown_list.count_requests(root)[0]:
         return {}
     applied, unreadable = apply_takedowns(root)
+    for dataset, fault in unreadable.items():
+        if dataset.name == name and not read_pointer(root, name):  # `_refuse_damaged` looks at published versions
+            raise DamagedFile(f"{dataset.label} cannot be read, so the rows to hide in it are not known: {fault}\n"
+                              f"hint: python -m jobs shard {dataset.label} --source FOLDER --overwrite")
     report: dict[str, Any] = {
         "takedown_list": "restored" if restored or accepted else "in order",
         "hidden_now": sum(entry["hidden_now"] for entry in applied if entry["dataset"].startswith(f"{name}@"))}

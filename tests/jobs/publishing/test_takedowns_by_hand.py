@@ -55,6 +55,14 @@ def test_a_dataset_that_is_made_after_a_request_hides_the_image_under_any_name(h
     assert _hidden(hand, "other") == ["z.png"]
 
 
+def test_repair_does_not_end_well_while_hidden_rows_are_unknown(hand: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = hand / "root"
+    assert main(["forget", "--sha256", "0" * 64, "--root", str(root)]) == 0
+    (root / "datasets/hand/v1/shards/manifest.json").write_bytes(b"")
+    assert main(["repair", "hand", "--root", str(root)]) == 1
+    assert f"hint: python -m jobs shard hand --source FOLDER --overwrite --root {root}" in capsys.readouterr().err
+
+
 def test_a_removed_list_is_missed_and_repaired(hand: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = hand / "root"
     os.remove(root / "datasets/hand/v1/forgotten.json")

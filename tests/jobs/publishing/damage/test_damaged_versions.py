@@ -11,6 +11,7 @@ from jobs.cli.main import main
 from jobs.publishing.config import GcConfig
 from jobs.publishing.garbage_collect import collect_garbage
 from pipeline.releases.published import Published
+from tests.jobs.publishing.damage.attacks import DAMAGE
 from tests.jobs.publishing.published_art import NAME, paint, published_dataset, rebuild
 
 
@@ -210,6 +211,19 @@ def test_versions_with_missing_files_do_not_count_among_the_newest(third: Path) 
     kept = {entry["version"]: entry["kept"] for entry in collect_garbage(
         str(third / "root"), NAME, GcConfig(keep=2, lease=0))}
     assert kept == {"v1": "one of the newest 2", "v2": "", "v3": "published"}
+
+
+def test_rot_is_replaced_by_a_thorough_rebuild_and_removed_by_gc(second: Path,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(second / "root")
+    DAMAGE["rot"](next((_version(second, "v2") / "embeddings").glob("*.npy")))
+    assert main(["verify", "--root", root]) == 1
+    assert f"or python -m jobs rebuild {NAME} --source SOURCE --thorough --root" in capsys.readouterr().err
+    assert rebuild(root, second / "source", thorough=True)["published"] == "v3"
+    assert main(["verify", "--root", root]) == 1
+    assert f"hint: python -m jobs gc {NAME} --lease 0 --verify --root" in capsys.readouterr().err
+    assert main(["gc", NAME, "--lease", "0", "--verify", "--root", root]) == 0
+    assert main(["verify", "--root", root]) == 0
 
 
 def test_entries_that_do_not_agree_with_the_release_are_restored(second: Path,

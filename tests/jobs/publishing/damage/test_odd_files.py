@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from jobs.cli.main import main
 from tests.jobs.publishing.damage.attacks import make_place, run
 from tests.jobs.publishing.published_art import NAME
 
@@ -94,3 +95,12 @@ def test_each_command_names_it(template: Path, tmp_path: Path, turns: Iterator[l
         faults += [f"{kind} {fault}" for verb in verbs if (fault := _find_fault(place / "root", verb, codes))]
         shutil.rmtree(place)
     assert not faults, "\n".join(faults)
+
+
+def test_gc_removes_a_version_with_a_folder_in_the_place_of_a_file(second: Path) -> None:
+    root = second / "root"
+    manifest = root / f"datasets/{NAME}/v1/embeddings/manifest.json"
+    manifest.unlink()
+    manifest.mkdir()
+    assert main(["gc", NAME, "--keep", "0", "--lease", "0", "--root", str(root)]) == 0
+    assert not manifest.exists() and main(["verify", "--root", str(root)]) == 0
