@@ -32,7 +32,7 @@ def check_root(root: str) -> None:
     try:
         storage.check_store(root, _STORE_ANSWER_S)
     except storage.NoAnswer as error:
-        _log.warning("%s; requests are repeated for minutes", storage.redact_credentials(str(error).splitlines()[0]))
+        _log.warning("%s; requests are repeated for minutes", storage.redact_credentials(storage.first_line(error)))
 
 
 def check_disk(root: str, needed_bytes: float) -> None:

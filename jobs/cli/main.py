@@ -45,10 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except storage.DamagedFile as error:
-        logs.log_exit(storage.redact_credentials(_fit_hint(str(error), arguments)), exit=1)
+        logs.log_exit(storage.redact_credentials(_fit_hint(_text(error), arguments)), exit=1)
         return 1
     except ValueError as error:
-        return _misuse(_fit_hint(str(error), arguments))
+        return _misuse(_fit_hint(_text(error), arguments))
     except (NotADirectoryError, IsADirectoryError) as error:
         return _misuse(f"{error.filename}: {error.strerror}")
     except (StageFailed, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and _unheard():
             return 0
         full = storage.disk_full_message(error)
-        text = full or storage.denial_message(error) or str(error)
+        text = full or storage.denial_message(error) or _text(error)
         if "hint:" not in text and (sentence := devices.failure_hint(error)):
             text = f"{text.splitlines()[0]}\n{sentence}"
         if "hint:" not in text:
@@ -68,6 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         log_stopped()
         return STOPPED
+
+
+def _text(error: BaseException) -> str:
+    """The message of an error; the name of its type if it has none, as MemoryError."""
+    return str(error).strip() or type(error).__name__
 
 
 def log_stopped() -> None:

@@ -229,7 +229,7 @@ def exit_code(info: Any) -> int:
     if code in {1, 2, STOPPED}:
         return code
     reason = (info.message or str(info.error_type)) if info else "the cluster does not know it: it was restarted"
-    _log.error("submit: the driver ended with %s: %s", code, reason.strip().splitlines()[0])
+    _log.error("submit: the driver ended with %s: %s", code, (reason.strip().splitlines() or [status])[0])
     return 1
 
 
@@ -247,7 +247,7 @@ def _start(client: Any, submission: Submission, options: SubmitOptions, number: 
             _log.info("submit: %s-a%d: %s", submission.name, number, _without_key(_entrypoint(submission)))
         except RuntimeError as error:
             if "already exists" not in str(error):
-                raise OSError(f"the cluster refused the job: {str(error).splitlines()[0]}") from None
+                raise OSError(f"the cluster refused the job: {storage.first_line(error)}") from None
             _log.info("submit: another command has submitted %s-a%d", submission.name, number)
     return number
 
@@ -307,7 +307,7 @@ def _client(address: str) -> Any:
         raise ValueError(f"the cluster at {place} rejected the token\n"
                          f"hint: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE, or RAY_AUTH_TOKEN") from None
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"no job server answers at {place}: {str(error).splitlines()[0]}\n"
+        raise ValueError(f"no job server answers at {place}: {storage.first_line(error)}\n"
                          f"hint: --address http://HEAD:8265, or a tunnel to it (docs/guides/operate/kubernetes.md)"
                          ) from None
 

@@ -97,7 +97,7 @@ def read_published_settings(root: str, name: str, settings: EmbedConfig, *, scor
         hide = dataset.manifest("tombstones")["section"].get("hide", "") if dataset.is_sealed("tombstones") else ""
     except ValueError as error:
         _log.warning("the settings of the published %s cannot be read, so those of the recipe are used: %s", name,
-                     str(error).splitlines()[0])
+                     storage.first_line(error))
         return None
     label = f"{name}@{published.version}"
     if hide and not scores and (found := [score for score in list_scores(dataset) if score in hide]):

@@ -181,7 +181,7 @@ def check_root(root: str) -> Diagnosis:
             pass
         return Diagnosis("root", "ok", f"{root} can be written" + ("" if there == folder else ", and is not there yet"))
     except (OSError, ValueError) as error:
-        return Diagnosis("root", "failed", str(error).splitlines()[0], "--root FOLDER, one that you may write to")
+        return Diagnosis("root", "failed", storage.first_line(error), "--root FOLDER, one that you may write to")
 
 
 def _check_store(root: str) -> Diagnosis:

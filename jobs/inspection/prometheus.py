@@ -147,7 +147,7 @@ class RootMetrics:
                 if time.monotonic() - self._read > period(self.root) or not self._families:
                     self.look()
             except (OSError, ValueError) as error:
-                _log.warning("status: %s", storage.redact_credentials(str(error).splitlines()[0]))
+                _log.warning("status: %s", storage.redact_credentials(storage.first_line(error)))
                 self._families = []
             yield _gauge("rdm_root_readable", "1 if the root could be read.", float(bool(self._families)))
             yield from self._families

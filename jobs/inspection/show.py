@@ -68,7 +68,7 @@ def _readable(root: str, names: list[str]) -> Iterator[Dataset]:
             if dataset.is_sealed("shards"):
                 yield dataset
         except ValueError as error:
-            _log.warning("show: %s is skipped: %s", name, str(error).splitlines()[0])
+            _log.warning("show: %s is skipped: %s", name, storage.first_line(error))
 
 
 def _only_in_ledgers(root: str, datasets: list[Dataset], text: str) -> dict[str, Any]:

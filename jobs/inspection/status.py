@@ -52,7 +52,7 @@ def read_status(root: str) -> list[dict[str, Any]]:
         try:
             states.append({"path": path, **_state(root, path)})
         except (ValueError, NotADirectoryError, IsADirectoryError) as error:
-            states.append({"path": path, "state": "damaged", "error": str(error).splitlines()[0]})
+            states.append({"path": path, "state": "damaged", "error": storage.first_line(error)})
     published = {f"datasets/{name}/{pointer['version']}" for name, pointer in read_published(root).items()}
     return [marked for version, members in groupby(states, key=lambda state: "/".join(state["path"].split("/")[:3]))
             for marked in _mark(root, version, list(members), version in published)
@@ -74,7 +74,7 @@ def _mark(root: str, version: str, states: list[dict[str, Any]], published: bool
             gates = read_failed_gates(Dataset(root, name, number[0]))
         except ValueError as error:
             states = [*states, {"path": f"{version}/gates.json", "state": "damaged",
-                                "error": str(error).splitlines()[0]}]
+                                "error": storage.first_line(error)}]
     # The vectors of samples that a rebuild removed stay where they are, in every stage with a row for each sample.
     removed = next((state["removed"] for state in states if state.get("removed")), 0)
     return [state | {"published": published, **({"failed_gates": gates} if gates else {}),

@@ -42,7 +42,7 @@ def _snapshots(root: str, every: float) -> Iterator[dict[str, Any]]:
         try:
             now = read_snapshot(root)
         except OSError as error:
-            now = now | {"error": storage.redact_credentials(str(error).splitlines()[0])}
+            now = now | {"error": storage.redact_credentials(storage.first_line(error))}
 
 
 def read_snapshot(root: str) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def _available_weights(config: ClipConfig) -> str:
         describe_encoder(config)
     except ValueError as error:
         _log.warning("plan: the weights of %s are random, which changes no rate: %s", config.model,
-                     str(error).splitlines()[0])
+                     storage.first_line(error))
         return RANDOM
     return config.pretrained
 

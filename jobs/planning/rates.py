@@ -159,7 +159,7 @@ def read(file: str) -> Rates:
     except OSError as error:
         raise ValueError(f"cannot read the rates {file}: {error.strerror}") from None
     except storage.DamagedFile as error:
-        raise ValueError(f"{str(error).splitlines()[0]}\nhint: python -m jobs plan --measure FILE, which writes a "
+        raise ValueError(f"{storage.first_line(error)}\nhint: python -m jobs plan --measure FILE, which writes a "
                          f"file of rates") from None
     if not isinstance(document, dict):
         raise ValueError(f"{file}: must be an object of sections\nhint: here are {', '.join(SECTIONS)}")

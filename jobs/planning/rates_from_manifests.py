@@ -86,7 +86,7 @@ def _embed(datasets: list[Dataset], gpu: bool) -> EmbedRates | None:
         try:
             each, _ = clip.flop_per_image(ClipConfig(manifest["info"]["encoder"]["model"]))
         except ValueError as error:
-            _log.warning("plan: %s is skipped: %s", dataset.folder("embeddings"), str(error).splitlines()[0])
+            _log.warning("plan: %s is skipped: %s", dataset.folder("embeddings"), storage.first_line(error))
             continue
         side = dataset.manifest("shards")["section"].get("image_size", 0)
         operations += manifest["totals"]["samples"] * each

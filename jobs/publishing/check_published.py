@@ -180,4 +180,4 @@ def _check_hidden_rows(dataset: Dataset, *, quick: bool) -> None:
 
 
 def _fault(path: str, error: Exception) -> Fault:
-    return {"path": path, "fault": str(error).splitlines()[0]}
+    return {"path": path, "fault": storage.first_line(error)}

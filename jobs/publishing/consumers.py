@@ -91,7 +91,7 @@ def _consumers(root: str, *, skip_damaged: bool) -> Iterator[tuple[str, dict[str
         except DamagedFile as error:
             if not skip_damaged:
                 raise
-            _log.warning("%s", str(error).splitlines()[0])
+            _log.warning("%s", storage.first_line(error))
             continue
         if document:
             yield path, document
@@ -113,7 +113,7 @@ def read_inputs(root: str, path: str) -> dict[str, Any] | None:
             fault = fault or error
     if not fault:
         return None
-    raise DamagedFile(f"{str(fault).splitlines()[0]}: what {path} needs is unknown\n"
+    raise DamagedFile(f"{storage.first_line(fault)}: what {path} needs is unknown\n"
                       f"hint: python -m jobs rm {path}; or restore the file from a backup")
 
 

@@ -158,7 +158,7 @@ def _read_rows(dataset: Dataset, wanted: Callable[[dict[str, Any]], bool], unrea
     except takedowns.READ_ERRORS as error:
         rows, faults = [], [error]
     if faults and dataset not in unreadable and dataset.is_sealed("shards"):  # otherwise gc has removed it meanwhile
-        unreadable[dataset] = (str(faults[0]).splitlines() or [type(faults[0]).__name__])[0]
+        unreadable[dataset] = storage.first_line(faults[0])
         _log.warning("forget: %s cannot be read: %s", _full_label(dataset), unreadable[dataset])
     return rows
 

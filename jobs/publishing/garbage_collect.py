@@ -163,7 +163,7 @@ def _keep_unreadable(current: Published, versions: list[dict[str, Any]]) -> set[
             try:
                 stays |= files_of(current.root, current.name, entry["version"])
             except (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError) as error:
-                entry["unreadable"] = (str(error).splitlines() or [type(error).__name__])[0]
+                entry["unreadable"] = storage.first_line(error)
                 last_unreadable = entry["version"]
                 _log.warning("gc: %s@%s cannot be read: %s", current.name, last_unreadable, entry["unreadable"])
     for entry in versions:
@@ -186,7 +186,7 @@ def _read_sealed(folder: str) -> dict[str, Any] | None:
     try:
         return read_manifest(folder, "")
     except (DamagedFile, FileNotFoundError) as error:
-        _log.warning("gc: %s cannot be read: %s", folder, str(error).splitlines()[0])
+        _log.warning("gc: %s cannot be read: %s", folder, storage.first_line(error))
         return None
 
 

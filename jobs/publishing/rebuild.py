@@ -115,7 +115,7 @@ class Rebuild:
             if missing := find_missing_files(base, dict(base.trusted), read=read):
                 fault = f"{len(missing)} files are missing or changed, the first is {missing[0]}"
         except ValueError as error:
-            fault = str(error).splitlines()[0]
+            fault = storage.first_line(error)
         if not fault:
             return base
         if Published.load(self.root, self.name, self.keys).version != before.version:
@@ -230,7 +230,7 @@ class Rebuild:
                 seal(Extension(dataset, last, self.index))
                 return
             except Drifted as error:
-                _log.info("%s; training it again", str(error).splitlines()[0])
+                _log.info("%s; training it again", storage.first_line(error))
                 clear_folder(whole)
         build_index(whole, seal)
 

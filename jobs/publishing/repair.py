@@ -93,7 +93,7 @@ def _repair_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool, 
         if fault := find_later_base(current):
             raise DamagedPointer(root, name, fault)
     except DamagedPointer as error:
-        _log.warning("repair: %s", str(error).splitlines()[0])
+        _log.warning("repair: %s", storage.first_line(error))
         return _restore_pointer(root, name, keys, accepted=accepted, dry_run=dry_run, accept_lost=accept_lost)
     fault = find_fault(current, current.document)
     report = {"published": current.version, "pointer": "in order"} | ({"damaged": fault} if fault else {})
@@ -287,7 +287,7 @@ def _from_releases(root: str, name: str) -> Iterator[dict[str, Any]]:
         try:
             release, data = release_files.read_release(Dataset(root, name, version))
         except ValueError as error:
-            _log.warning("repair: %s", str(error).splitlines()[0])
+            _log.warning("repair: %s", storage.first_line(error))
             continue
         if release is not None:
             yield {"version": version, "number": release["number"], "sequence": 0, "content": release["content"],

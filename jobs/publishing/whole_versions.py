@@ -70,7 +70,7 @@ def find_fault(current: Published, document: Mapping[str, Any], damaged: Collect
         dataset = Published(current.root, current.name, None, dict(document)).open()
         missing = find_missing_files(dataset, dict(dataset.trusted), suspects=damaged)
     except DamagedFile as error:
-        return str(error).splitlines()[0]
+        return storage.first_line(error)
     return f"{len(missing)} files are missing or changed, the first is {missing[0]}" if missing else ""
 
 
@@ -80,7 +80,7 @@ def find_release_fault(dataset: Dataset) -> str:
         release, _ = release_files.read_release(dataset)
         missing = find_missing_files(dataset, release["manifests"]) if release else []
     except DamagedFile as error:
-        return str(error).splitlines()[0]
+        return storage.first_line(error)
     return f"{len(missing)} files are missing or changed, the first is {missing[0]}" if missing else ""
 
 

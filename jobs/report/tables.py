@@ -191,7 +191,7 @@ def failures(root: RootContents) -> Markup | None:
     lines = []
     for state in root.stages:
         if fault := state.get("fault"):
-            lines.append((state["path"], f"stopped: {fault['message'].splitlines()[0]}"))
+            lines.append((state["path"], f"stopped: {(fault['message'].splitlines() or [fault['kind']])[0]}"))
         elif state["state"] == "damaged":
             lines.append((state["path"], f"damaged: {state.get('error', '')}"))
         elif state.get("failed"):

@@ -165,7 +165,7 @@ class Run:
             return self._fetched(folder, self.checkpoint(step)["files"])
         except ValueError as error:
             others = ", ".join(str(other) for other in self.steps() if other != step)
-            raise type(error)(f"{str(error).splitlines()[0]}\nhint: the run {self.name} has "
+            raise type(error)(f"{storage.first_line(error)}\nhint: the run {self.name} has "
                               f"{f'these checkpoints too: {others}' if others else 'no other checkpoint'}") from error
 
     def config(self, step: int) -> dict[str, Any]:

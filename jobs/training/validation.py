@@ -159,7 +159,7 @@ class Validation:
 
 def _warn_not_decodable(error: Exception) -> None:
     _log.warning("train: validation samples no images, because latents cannot be decoded here; losses continue: %s",
-                 str(error).splitlines()[0])
+                 storage.first_line(error))
 
 
 def _sampler(config: TrainConfig) -> Any:

@@ -24,6 +24,7 @@ from jobs.training.validation import Validation
 from model.network.unet import UNet
 from model.training.precision import compute_dtype
 from model.training.train import train
+from pipeline import storage
 from pipeline.batches.batches import Batches
 from pipeline.hardware import devices
 from pipeline.stages.plan import prepare
@@ -166,7 +167,7 @@ def _newest_complete_step(run: Run) -> int:
             run.fetch(step)
         except (ValueError, FileNotFoundError) as error:
             _log.warning("train: checkpoint %d of the run %s cannot be used; the run continues from an earlier one, or "
-                         "starts again: %s", step, run.name, str(error).splitlines()[0])
+                         "starts again: %s", step, run.name, storage.first_line(error))
             run.discard(step)
         else:
             return step

@@ -85,7 +85,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", scale: float = 
             about = diffusers.AutoencoderKL.load_config(str(folder))
         except Exception as error:  # the client of a hub raises any type
             raise ValueError(f"there is no autoencoder in {folder}, and no such name in the hub can be read: "
-                             f"{str(error).splitlines()[0]}\nhint: a folder with config.json and "
+                             f"{(str(error) or repr(error)).splitlines()[0]}\nhint: a folder with config.json and "
                              f"diffusion_pytorch_model.safetensors") from error
     kind = about.get("_class_name", "AutoencoderKL") if isinstance(about, dict) else type(about).__name__
     if not isinstance(kind, str) or kind not in _KINDS:
@@ -93,7 +93,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu", scale: float = 
     try:
         network = getattr(diffusers, kind).from_pretrained(str(folder), use_safetensors=True)
     except Exception as error:
-        raise ValueError(f"the autoencoder in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"the autoencoder in {folder} cannot be loaded: "
+                         f"{(str(error) or repr(error)).splitlines()[0]}") from error
     network = network.eval().requires_grad_(False).to(device)
     return FirstStage(network, kind, scale or float(about.get("scaling_factor") or 0.0))
 

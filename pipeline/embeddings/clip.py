@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from pipeline import storage
 from pipeline.embeddings.clip_weights import (
     BUNDLED,
     BUNDLED_MODEL,
@@ -159,9 +160,9 @@ def load_encoder_on(config: ClipConfig, compiled: bool, device: "torch.device") 
     except Exception as error:  # readers of weights raise whatever they like
         if devices.failure_kind(error) != "none":
             raise devices.DeviceUnavailable(f"the encoder {config.model} does not get onto the GPU: "
-                                            f"{str(error).splitlines()[0]}\n{devices.failure_hint(error)}") from error
+                                            f"{storage.first_line(error)}\n{devices.failure_hint(error)}") from error
         raise ValueError(f"open_clip cannot load {config.model} with the weights {config.pretrained}: "
-                         f"{(str(error) or repr(error)).splitlines()[0]}\nhint: `python -c 'import open_clip; "
+                         f"{storage.first_line(error)}\nhint: `python -c 'import open_clip; "
                          f"print(open_clip.list_pretrained())'` lists names and tags") from error
     model.eval().requires_grad_(False)
 
@@ -172,7 +173,7 @@ def load_encoder_on(config: ClipConfig, compiled: bool, device: "torch.device") 
             return open_clip.get_tokenizer(config.model)
         except Exception as error:
             raise ValueError(f"open_clip has no tokenizer for {config.model}: "
-                             f"{(str(error) or repr(error)).splitlines()[0]}\nhint: images can be embedded without "
+                             f"{storage.first_line(error)}\nhint: images can be embedded without "
                              f"one; for texts, `pip install transformers` and the files of the tokenizer") from error
 
     return Encoder(description["dim"], prepare, description["preprocessing"], model,

@@ -137,7 +137,7 @@ def read_own_weights(config: ClipConfig) -> tuple[str, dict[str, Any]]:
             raise
         hint = (f"a folder with {_CONFIG} and weights" if scheme == "local-dir" else "where there is no way to the "
                 "hub, copy the model's files into a folder, and --model local-dir:FOLDER")
-        raise ValueError(f"{config.model} cannot be read: {(str(error) or repr(error)).splitlines()[0]}\nhint: {hint}"
+        raise ValueError(f"{config.model} cannot be read: {storage.first_line(error)}\nhint: {hint}"
                          ) from error
     if path is None:
         raise ValueError(f"{place} has no weights beside its {_CONFIG}\nhint: open_clip_model.safetensors, or any "

@@ -1,5 +1,7 @@
 """Check whether a model hub offers the files of a model, before its client downloads them."""
 
+from pipeline import storage
+
 CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Names of weights in a repository, as open_clip looks for them."""
 _HUB_ANSWER_S = 5.0
@@ -27,7 +29,7 @@ def is_offered(name: str, repository: str, files: tuple[str, ...], copy: str = "
             raise ValueError(f"the weights of {name} do not exist: the hub has no {repository} that this user may "
                              f"read\nhint: hf auth login, or {flag}") from None
         except Exception as error:  # what the hub's client raises has no common type
-            reason = (str(error) or repr(error)).splitlines()[0]
+            reason = storage.first_line(error)
             raise ValueError(f"the weights of {name} are not on this machine, and the hub cannot be reached: {reason}"
                              f"\nhint: on a machine without network, copy {copy} here: {flag}") from None
     raise ValueError(f"the weights of {name} do not exist: {repository} has none of {', '.join(files)}\n"

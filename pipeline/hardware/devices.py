@@ -16,6 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline import storage
+
 if TYPE_CHECKING:
     import torch
 
@@ -51,6 +53,8 @@ _SENTENCES: dict[Failure, str] = {
                  "hint: nvidia-smi and CUDA_VISIBLE_DEVICES on this node; --gpus 0 computes on the CPU",
     "none": "",
 }
+_NO_MEMORY = ("The machine has too little memory for this.\n"
+              "hint: python -m jobs doctor shows its memory; end other programs there, or let fewer workers work on it")
 
 
 class DeviceUnavailable(RuntimeError):
@@ -109,7 +113,7 @@ def choose_device(number: int | None = None) -> "torch.device":
     try:
         _probe(number)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = storage.first_line(error)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
         raise DeviceUnavailable(f"a GPU was reserved on {platform.node()} and cannot be used: {reason}\n"
                                 f"CUDA_VISIBLE_DEVICES is {visible or 'empty'}. "
@@ -157,7 +161,7 @@ def explain_failures(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if failure_kind(error) == "none":
             raise
-        raise DeviceUnavailable(f"{what}: {str(error).splitlines()[0]}\n{failure_hint(error)}") from error
+        raise DeviceUnavailable(f"{what}: {storage.first_line(error)}\n{failure_hint(error)}") from error
 
 
 def failure_kind(error: BaseException) -> Failure:
@@ -186,7 +190,13 @@ def is_unusable(error: BaseException) -> bool:
 
 def failure_hint(error: BaseException) -> str:
     """A sentence and a hint for a failure of the device; empty if the exception is none."""
-    return _SENTENCES[failure_kind(error)]
+    kind = failure_kind(error)
+    return _NO_MEMORY if kind == "out of memory" and _is_of_machine(error) else _SENTENCES[kind]
+
+
+def _is_of_machine(error: BaseException | None) -> bool:
+    """Whether the memory of the machine is too small, and not that of a device: Python and NumPy raise MemoryError."""
+    return error is not None and (isinstance(error, MemoryError) or _is_of_machine(error.__cause__))
 
 
 def describe_failure(kind: Failure) -> str:
@@ -287,7 +297,7 @@ class BatchFit:
             except RuntimeError as error:
                 if failure_kind(error) != "out of memory":
                     raise
-                text = str(error).splitlines()[0]
+                text = storage.first_line(error)
             # After the handler: while it runs, the traceback keeps the tensors of the failed pass.
             self.halve(most, text)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import storage
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.faiss_door import (
     apply_transforms,
@@ -55,7 +56,7 @@ def train_index(key: str, sample: np.ndarray, dim: int) -> faiss.Index:
         _train_inner(inner, sample)
         index.is_trained = True
     except RuntimeError as error:
-        raise ValueError(f"faiss cannot build {key} from {len(sample)} vectors of {dim}: {str(error).splitlines()[0]}"
+        raise ValueError(f"faiss cannot build {key} from {len(sample)} vectors of {dim}: {storage.first_line(error)}"
                          f"\nhint: another --key, or none") from error
     return index
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline import storage
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.hardware import devices
 from pipeline.neighbors.rank import PRODUCT_ERROR, ROWS_OF_A_GROUP, Candidates
@@ -36,7 +37,7 @@ def search_exhaustively(vectors: np.ndarray, database: Embeddings, m: int, memor
         except RuntimeError as error:
             if devices.failure_kind(error) != "out of memory":
                 raise
-            text = str(error).splitlines()[0]
+            text = storage.first_line(error)
         # After the handler: while it runs, the traceback keeps the tensors of the failed search.
         blocks = BlockSizes(at_once, database.dim, most, search_device()[0].type)
         if blocks.rows > ROWS_OF_A_GROUP:

@@ -109,7 +109,7 @@ def _download(head: str, repository: str, file: str) -> str:
     try:
         return str(open_clip.pretrained.download_pretrained_from_hf(repository, filename=file))
     except Exception as error:  # what a hub's client raises has no common type
-        raise ValueError(f"{head} cannot be read: {(str(error) or repr(error)).splitlines()[0]}\nhint: "
+        raise ValueError(f"{head} cannot be read: {storage.first_line(error)}\nhint: "
                          f"{HUB}ORGANISATION/NAME/FILE.safetensors; where there is no way to the hub, the path of a "
                          f"copy of the file") from error
 

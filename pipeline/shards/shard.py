@@ -234,7 +234,7 @@ class Shard(Stage):
         try:
             return storage.read_json(self.config.sources) if self.config.sources else []
         except storage.DamagedFile as error:  # a file of the user
-            raise ValueError(f"{str(error).splitlines()[0]}\nhint: --sources names a JSON file") from None
+            raise ValueError(f"{storage.first_line(error)}\nhint: --sources names a JSON file") from None
 
 
 def _raise_missing(row: Any) -> bytes:

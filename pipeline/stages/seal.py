@@ -52,7 +52,7 @@ def read_record(stage: Stage, url: str) -> dict[str, Any] | None:
     except storage.DamagedFile as error:
         if url not in _NAMED:
             _NAMED.add(url)
-            _log.warning("%s: %s; the item is processed again", stage.name, str(error).splitlines()[0])
+            _log.warning("%s: %s; the item is processed again", stage.name, storage.first_line(error))
         return None
     return record if record["plan"] == claim_of(stage).fingerprint else None
 
@@ -63,7 +63,7 @@ def _add_pack(collected: records.Collected, url: str) -> None:
     except (ValueError, OSError) as error:  # Arrow's errors are of these kinds
         if isinstance(error, storage.StorageError):
             raise
-        _log.warning("%s is damaged (%s): this command reads its records one by one", url, str(error).splitlines()[0])
+        _log.warning("%s is damaged (%s): this command reads its records one by one", url, storage.first_line(error))
 
 
 def _pack(folder: str, data: bytes) -> None:

@@ -178,7 +178,8 @@ def error_sentence(error: BaseException) -> str:
     """The message that a report gives for the error of an item."""
     if full := storage.disk_full_message(error):
         return full
-    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    kind = type(error).__name__
+    text = (str(error) or kind) if isinstance(error, ValueError) else f"{kind}: {error}"
     explained = devices.failure_hint(error)
     return text if "hint:" in text or not explained else f"{text.splitlines()[0]}\n{explained}"
 

@@ -40,6 +40,11 @@ class DamagedFile(ValueError):
     """A file below a root is missing, or is not what this program wrote there. Commands end with exit code 1."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of the message of an error; the name of its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def is_about_machine(error: BaseException) -> bool:
     """Whether `error` tells of this machine, this user or the store, and nothing of the content of a file."""
     return isinstance(error, StorageError | PermissionError | MemoryError) or (

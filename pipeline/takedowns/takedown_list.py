@@ -190,7 +190,7 @@ def accept_lost_requests(root: str, hashes: Callable[[], Sequence[str]]) -> tupl
         restore_takedowns(root, accept_changes=bool(numbers))  # no hash fits a list in which requests are replaced
         return numbers, False
     except DamagedFile as error:
-        _log.warning("%s", str(error).splitlines()[0])
+        _log.warning("%s", storage.first_line(error))
     restore_takedowns(root, accept_changes=True)
     record = {"at": at, "note": "the list was changed, and accepted as it is by repair", "sha256": list(hashes())}
     requests = change_document(storage.join(root, NAME), lambda document: _with_requests(
@@ -317,7 +317,7 @@ def _read_copy(url: str) -> dict[str, Any] | None:
     try:
         return check_shape(storage.read_json(url), url, _REQUEST, "")
     except DamagedFile as error:
-        _log.warning("%s", str(error).splitlines()[0])
+        _log.warning("%s", storage.first_line(error))
         return None
 
 
@@ -369,7 +369,7 @@ def change_document(url: str, grown: Any, *, replace_damaged: bool = False) -> d
                 raise
             with storage.verify_replaced(lambda: _repair_command(url)):
                 data, document = storage.read_bytes(url), {}  # an error if that is no file
-            _log.warning("%s: it is replaced", str(error).splitlines()[0])
+            _log.warning("%s: it is replaced", storage.first_line(error))
         after = grown(document)
         if after == document or storage.swap_bytes(storage.json_bytes(json.loads(json.dumps(after))), url, data):
             return after

@@ -49,7 +49,7 @@ def _hidden_hashes(dataset: Dataset) -> set[str]:
         hidden = set(read_document(_address(dataset))[1].get("rows", ()))
         rows = find_matching_rows(dataset, lambda row: True) if hidden else []
     except (OSError, ValueError) as error:
-        _log.warning("%s: images that %s hides may come back", str(error).splitlines()[0], dataset.label)
+        _log.warning("%s: images that %s hides may come back", storage.first_line(error), dataset.label)
         return set()
     return {value for number, (_, row) in enumerate(rows) if number in hidden
             for value in (row["sha256"], row.get("original_sha256")) if value}

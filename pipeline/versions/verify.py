@@ -34,7 +34,7 @@ def find_faults(root: str, path: str, *, quick: bool = False) -> Iterator[dict[s
         manifest = read_manifest(base, "")
         changed = _changed(manifest)
     except (ValueError, KeyError, TypeError) as error:
-        yield _fault(path, "manifest.json", f"cannot be read: {str(error).splitlines()[0]}")
+        yield _fault(path, "manifest.json", f"cannot be read: {storage.first_line(error)}")
         return
     for fault in changed:
         yield _fault(path, "manifest.json", f"was changed after sealing: {fault}")
@@ -64,8 +64,8 @@ def find_faults(root: str, path: str, *, quick: bool = False) -> Iterator[dict[s
                 except Exception as error:  # hostile bytes make readers raise whatever they like
                     if storage.is_about_machine(error):
                         raise
-                    said = (str(error).splitlines() or [""])[0]
-                    yield _fault(path, record["id"], f"cannot be read: {type(error).__name__}: {said}")
+                    yield _fault(path, record["id"],
+                                 f"cannot be read: {type(error).__name__}: {storage.first_line(error)}")
     if manifest["stage"] == "train":
         yield from _curve(root, path, manifest)
     if manifest["stage"] in {"train", "convert"}:
@@ -115,7 +115,7 @@ def _plan(path: str, base: str, manifest: dict[str, Any]) -> Iterator[dict[str, 
     except FileNotFoundError as error:
         yield _fault(path, "plan.json", f"is missing, or a list beside it: {error.filename or error}")
     except (ValueError, KeyError, TypeError) as error:
-        yield _fault(path, "plan.json", f"cannot be read: {str(error).splitlines()[0]}")
+        yield _fault(path, "plan.json", f"cannot be read: {storage.first_line(error)}")
 
 
 def _carried_files(path: str, base: str) -> Iterator[dict[str, str]]:
@@ -202,7 +202,7 @@ def _index(checked: _Checked, path: str, record: dict[str, Any]) -> Iterator[dic
     try:
         searcher = Searcher(checked.dataset)
     except (ValueError, UnreadableIndex) as error:
-        yield _fault(path, "knn.index", str(error).splitlines()[0])
+        yield _fault(path, "knn.index", storage.first_line(error))
         return
     if wrong := count_misnumbered_rows(searcher.index):
         yield _fault(path, "knn.index", f"{wrong} of its {searcher.index.ntotal} rows are not in it exactly once")
@@ -252,7 +252,7 @@ def _checkpoints(root: str, path: str) -> Iterator[dict[str, str]]:
         except FileNotFoundError:
             continue  # cut off while it was written: nothing reads it
         except ValueError as error:
-            yield _fault(path, f"checkpoints/{step}/manifest.json", f"cannot be read: {str(error).splitlines()[0]}")
+            yield _fault(path, f"checkpoints/{step}/manifest.json", f"cannot be read: {storage.first_line(error)}")
             continue
         for entry in manifest["files"]:
             fault = _file(storage.file_below(storage.join(base, step), entry["name"]), entry)

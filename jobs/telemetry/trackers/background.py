@@ -100,7 +100,7 @@ class BackgroundTracker(ABC):
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        text = storage.redact_credentials(str(error).partition("\n")[0] or type(error).__name__)
+        text = storage.redact_credentials(storage.first_line(error))
         if not self._is_named:
             _log.warning("%s does not take records of %s: %s. Training and stages continue, and the records wait.",
                          self.name, self.subject.title, text)

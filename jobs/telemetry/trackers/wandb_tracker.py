@@ -64,7 +64,8 @@ class WandbTracker:
             config=output.escape_document(subject.settings | {key: value for key, value in labels.items() if value} | {
                 "lineage": subject.inputs, "code": code_revision()}),
             resume="allow", mode=mode, settings=wandb.Settings(
-                silent=True, console="off", init_timeout=60, x_transaction_log_flush_interval=2.0))
+                silent=True, console="off", init_timeout=60, x_transaction_log_flush_interval=2.0,
+                x_disable_meta=True))  # it has the command line, which may name a key
         if self.online:  # offline nothing can be named as used
             for artifact in make_artifacts(subject.inputs):
                 self.session.use_artifact(artifact)
@@ -127,7 +128,7 @@ class WandbTracker:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        self.session, self._failure = None, storage.redact_credentials(str(error).partition("\n")[0])
+        self.session, self._failure = None, storage.redact_credentials(storage.first_line(error))
         _log.warning("wandb does not take records of %s: %s", self._title, self._failure)
 
 

@@ -17,6 +17,9 @@ from jobs.cli.main import main
 from jobs.cli.parse import VERBS, parse_command
 from jobs.config.recipes import RECIPES
 from jobs.config.toml import resolve_sections, resolve_settings
+from pipeline import storage
+from pipeline.sources.folder import FolderSource
+from pipeline.stages.types import StageFailed
 from tests.laws.terminal import run_on_screen
 
 ROOT = Path(__file__).parents[3]
@@ -119,6 +122,21 @@ def test_invalid_usage_is_a_sentence_and_exit_2(arguments, sentence: str, tmp_pa
         code = stopped.code
     error = capsys.readouterr().err
     assert code == 2 and sentence.format(root=tmp_path / "root") in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(("error", "code", "words"), [
+    (MemoryError(), 1, "MemoryError\nThe machine has too little memory"), (OSError(), 1, "OSError"),
+    (ValueError(), 2, "ValueError"), (storage.DamagedFile(), 1, "DamagedFile"), (StageFailed("\n"), 1, "StageFailed")])
+def test_an_error_without_a_text_is_named(error, code, words: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(FolderSource, "identity", fail)
+    _pictures(tmp_path / "in")
+    assert _shard(tmp_path) == code
+    said = capsys.readouterr().err
+    assert f"error: {words}" in said
+    assert "--batch-size" not in said
 
 
 def test_an_unknown_flag_is_invalid_usage(tmp_path: Path) -> None:
