@@ -12,7 +12,7 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
 CURES = tomllib.loads((Path(__file__).parent / "cures.toml").read_text())
-_LEDGER = {"BadImage", "NotFetched", "Retryable", "Refused", "NeedsIsolation"}
+_LEDGER = {"BadImage", "NotFetched", "Retryable", "Refused", "NeedsIsolation", "FileTooLarge"}
 """Errors of one sample. Their texts are reasons: docs/reference/ledger.md explains them."""
 _DATA = {"DamagedFile", "StageFailed", "StorageError", "NoAnswer", "OSError", "MemoryError", "DeviceUnavailable",
          "RuntimeError", "OutOfDeviceMemory", "Drifted", "UnreadableIndex", "NpmUnavailable",

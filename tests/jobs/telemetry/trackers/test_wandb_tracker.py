@@ -320,6 +320,15 @@ def test_text_of_others_has_no_control_characters(tmp_path: Path, monkeypatch: p
     assert not any(map(RAW.search, _texts(session)))
 
 
+def test_no_file_has_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(sys, "argv", ["jobs", "rebuild", "drawn", "--sign", "/keys/private.pem"])
+    tracker = wandb_tracker.WandbTracker(Subject(str(tmp_path), str(tmp_path), run_labels("drawn", "v1", "x"), {}, {}))
+    tracker.close()
+    assert [_session(folder, "exit")["exit"] for folder in tmp_path.rglob("offline-run-*")] == [0]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"private.pem" in path.read_bytes()]
+
+
 def test_none_means_no_tracker(root: Path) -> None:
     subprocess.run(_train(root, "--steps", "2", "--tracker", "none"), env=_environment(), check=True,
                    capture_output=True)
