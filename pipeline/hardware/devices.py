@@ -16,8 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline import storage
-
 if TYPE_CHECKING:
     import torch
 
@@ -113,7 +111,7 @@ def choose_device(number: int | None = None) -> "torch.device":
     try:
         _probe(number)
     except (RuntimeError, AssertionError) as error:
-        reason = storage.first_line(error)
+        reason = (str(error) or repr(error)).splitlines()[0]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
         raise DeviceUnavailable(f"a GPU was reserved on {platform.node()} and cannot be used: {reason}\n"
                                 f"CUDA_VISIBLE_DEVICES is {visible or 'empty'}. "
@@ -161,7 +159,7 @@ def explain_failures(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if failure_kind(error) == "none":
             raise
-        raise DeviceUnavailable(f"{what}: {storage.first_line(error)}\n{failure_hint(error)}") from error
+        raise DeviceUnavailable(f"{what}: {(str(error) or repr(error)).splitlines()[0]}\n{failure_hint(error)}") from error
 
 
 def failure_kind(error: BaseException) -> Failure:
@@ -297,7 +295,7 @@ class BatchFit:
             except RuntimeError as error:
                 if failure_kind(error) != "out of memory":
                     raise
-                text = storage.first_line(error)
+                text = (str(error) or repr(error)).splitlines()[0]
             # After the handler: while it runs, the traceback keeps the tensors of the failed pass.
             self.halve(most, text)
 
