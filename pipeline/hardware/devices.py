@@ -159,7 +159,8 @@ def explain_failures(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if failure_kind(error) == "none":
             raise
-        raise DeviceUnavailable(f"{what}: {(str(error) or repr(error)).splitlines()[0]}\n{failure_hint(error)}") from error
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise DeviceUnavailable(f"{what}: {reason}\n{failure_hint(error)}") from error
 
 
 def failure_kind(error: BaseException) -> Failure:
