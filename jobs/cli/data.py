@@ -23,6 +23,7 @@ from pipeline.scores.config import ScoreConfig
 from pipeline.sources.config import ShardConfig
 
 if TYPE_CHECKING:
+    from pipeline.datasets.dataset import Dataset as DatasetPlace
     from pipeline.shards.deduplicate import Deduplicate
     from pipeline.stages.stage import Stage
 
@@ -104,14 +105,14 @@ class EmbedOptions:
     adopt: str = ""
     """Import embeddings from this folder: of clip-retrieval, or a retrieval database of CompVis (.npz)."""
     export: Literal["", "clip-retrieval"] = ""
-    """Also write the embeddings in this layout, into a folder of the same name."""
+    """Also write the embeddings in this layout, into a folder of the same name, without hidden rows. A name without a
+    version is then the published version."""
 
 
 def run_embed(options: EmbedOptions) -> int:
     from jobs.checks.demo_defaults import mention_demo_defaults
     from jobs.config.settings import Settings
-    from pipeline.datasets.dataset import Dataset as DatasetPlace
-    sealed = DatasetPlace.parse(options.common.root, options.dataset).is_sealed("embeddings")
+    sealed = _open_embedded(options).is_sealed("embeddings")
     if not (options.common.names_recipe or options.adopt or sealed):
         mention_demo_defaults(Settings(embed=options.embed), embeds=True, trains=False)
     return embed(options)
@@ -119,10 +120,9 @@ def run_embed(options: EmbedOptions) -> int:
 
 def embed(options: EmbedOptions) -> int:
     """Embed a dataset, without a word on the encoder of the demo."""
-    from pipeline.datasets import dataset as datasets
     from pipeline.embeddings.clip_retrieval import AdoptEmbeddings, Export
     from pipeline.embeddings.embed import Embed, EmbedCaptions
-    dataset = datasets.Dataset.parse(options.common.root, options.dataset)
+    dataset = _open_embedded(options)
     stages: list[Stage] = [AdoptEmbeddings(dataset, options.embed, options.adopt) if options.adopt
                            else Embed(dataset, options.embed)]
     if options.captions:
@@ -133,6 +133,14 @@ def embed(options: EmbedOptions) -> int:
         if options.export and not options.common.dry_run:
             seal_and_print(Export(dataset, options.embed), options)
     return 0
+
+
+def _open_embedded(options: EmbedOptions) -> "DatasetPlace":
+    """The dataset to embed: v1 of a bare name, or the published version if it is exported."""
+    from pipeline.datasets.dataset import Dataset as DatasetPlace
+    from pipeline.releases import published
+    find = published.open_dataset if options.export else DatasetPlace.parse
+    return find(options.common.root, options.dataset)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def _write_image(row: DatasetRow, out: str) -> dict[str, Any]:
 
 
 def _neighbors(row: DatasetRow) -> dict[str, list[dict[str, Any]]]:
-    """The neighbors of a sample in each database for which the stage is sealed, nearest first."""
+    """The neighbors of a sample in each database for which the stage is sealed, nearest first, without hidden rows."""
     result, dataset = {}, row.dataset
     for label in storage.list_folders(dataset.folder("neighbors")):
         name = f"neighbors/{label}"
@@ -131,18 +131,22 @@ def _neighbors(row: DatasetRow) -> dict[str, list[dict[str, Any]]]:
             items = dataset.manifest(name)["items"]
             ids, scores = (dataset.open_file(name, neighbor_files(items, suffix)[row.shard], map_array)[row.position]
                            for suffix in (".ids.npy", ".scores.npy"))
+            database = _open_database(dataset.root, label)
+            hidden = read_hidden_rows(database) if database else ()
             nearest = [(int(number), round(float(score), 4)) for number, score in zip(ids, scores, strict=True)
-                       if number >= 0]
-            keys = _keys(dataset.root, label, [number for number, _ in nearest])
+                       if number >= 0 and number not in hidden]
+            keys = _keys(database, [number for number, _ in nearest]) if database else {}
             result[label] = [{"row": number, "score": score, **keys.get(number, {})} for number, score in nearest]
     return result
 
 
-def _keys(root: str, label: str, rows: list[int]) -> dict[int, dict[str, str]]:
-    """Key, caption and name of some global rows. Rows of a removed database are left out."""
-    if not Dataset.parse(root, label).is_sealed("shards"):
-        return {}
-    database = published.open_label(root, label)
+def _open_database(root: str, label: str) -> Dataset | None:
+    """The database of a neighbor list; None if it was removed."""
+    return published.open_label(root, label) if Dataset.parse(root, label).is_sealed("shards") else None
+
+
+def _keys(database: Dataset, rows: list[int]) -> dict[int, dict[str, str]]:
+    """Key, caption and name of some global rows."""
     keys: dict[int, dict[str, str]] = {}
     offset = 0
     for record in database.manifest("shards")["items"]:

@@ -80,5 +80,6 @@ def _mend_dataset(root: str, name: str, kind: str, rest: list[str], keys: Releas
                 or release_files.has_release(dataset)):
             return find_replacement(current, version, damaged)
     if stage == "clip-retrieval":
-        return f"{dataset.command('embed')} --export clip-retrieval --overwrite"
+        return (f"python -m jobs rm {dataset.path(stage)}; then "
+                f"python -m jobs embed {name}@{version} --export clip-retrieval")
     return f"{dataset.command(stage)} --overwrite"

@@ -13,6 +13,7 @@ from pipeline.stages.documents import RootPath, check_shape
 from pipeline.storage import DamagedFile
 
 _log = logging.getLogger(__name__)
+_EXPORT = "clip-retrieval"
 _INPUTS = {"stage": str, "inputs": {"*": {"path": RootPath}}}
 
 
@@ -54,6 +55,27 @@ def find_samples_showing(root: str, hashes: Collection[str]) -> list[str]:
         if not used.isdisjoint(hashes):
             showing.append(path)
     return showing
+
+
+def find_exports_showing(root: str, hashes: Collection[str]) -> list[Dataset]:
+    """The versions whose export to clip-retrieval has an image with one of these hashes."""
+    showing = []
+    for dataset in datasets(storage.normalize(root)):
+        try:
+            if dataset.is_sealed(_EXPORT) and any(value in hashes for value in _exported_hashes(dataset)):
+                showing.append(dataset)
+        except (ValueError, OSError, LookupError, TypeError):
+            _log.warning("forget: %s is damaged: it may show images that are taken down\nhint: python -m jobs rm %s",
+                         dataset.path(_EXPORT), dataset.path(_EXPORT))
+    return showing
+
+
+def _exported_hashes(dataset: Dataset) -> Iterator[str]:
+    from pipeline.formats import parquet  # `status` needs no tables
+    for record in dataset.manifest(_EXPORT)["items"]:
+        for entry in record["files"]:
+            if entry["name"].endswith(".parquet"):
+                yield from parquet.read(dataset.fetch(_EXPORT, entry), columns=["sha256"])["sha256"].to_pylist()
 
 
 def _sample_folders(root: str) -> list[str]:

@@ -16,6 +16,7 @@ from pipeline.stages.documents import NUMBER, check_shape
 from pipeline.takedowns.takedown_list import Forgotten, read_takedowns
 
 _CELL = 160
+_TAKEN_DOWN = "this image was taken down"
 _SAMPLES = {"pictures": [{
     "file": str, "prompt?": (str, type(None)), "seed": int, "database": str, "neighbors": [{
         "key": str, "score": NUMBER, "caption": str, "sha256": str, "file": str, "database?": str}]}]}
@@ -81,7 +82,7 @@ def _credit(neighbor: dict[str, Any], label: str, known: dict[str, dict[str, Any
     row = known[label].get(neighbor["key"])
     if row is not None and row["sha256"] != neighbor["sha256"]:
         row = None  # the version was made again after this sample
-    note = ("this image was taken down" if forgotten.has(row or neighbor) else
+    note = (_TAKEN_DOWN if forgotten.has(row or neighbor) else
             "" if row else "this version of the database was removed, or was made again")
     return {"database": label, "key": neighbor["key"], "score": neighbor["score"], "caption": neighbor["caption"],
             "url": row["url"] if row else "", **credit_row(row or {}, label),
@@ -138,8 +139,9 @@ def save_sheet(credited: list[dict[str, Any]], out: Path) -> None:
             raise ValueError(f"{credit['sample']} used no image: there is nothing to show")
         folder = credit["pictures"][0]["file"].rpartition("/")[0]
         sample = f"{folder}/{credit['sample'].rpartition('/')[2]}"
-        rows.append([(_picture(sample), credit["prompt"]), *((_picture(neighbor["file"]), _below(neighbor))
-                                                         for neighbor in credit["pictures"])])
+        rows.append([(_picture(sample), credit["prompt"]), *(
+            (None, neighbor["note"]) if neighbor.get("note") == _TAKEN_DOWN else
+            (_picture(neighbor["file"]), _below(neighbor)) for neighbor in credit["pictures"])])
     width = max(map(len, rows))
     rows = [row + [(None, "")] * (width - len(row)) for row in rows]
     contact_sheet([picture for row in rows for picture, _ in row], width, cell=_CELL, label_lines=3,

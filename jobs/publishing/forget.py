@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jobs.publishing.consumers import find_consumers, find_samples_showing
+from jobs.publishing.consumers import find_consumers, find_exports_showing, find_samples_showing
 from jobs.publishing.whole_versions import find_replacement
 from jobs.telemetry.units import format_count
 from pipeline import storage
@@ -65,7 +65,7 @@ def _host(text: str) -> str:
 def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) -> dict[str, Any]:
     """Add images to the takedown list and hide them in every dataset.
 
-    Returns the datasets, the runs that use them, and the samples whose folders have copies of the images.
+    Returns the datasets, the runs that use them, and what has copies of the images: samples, exports, the report.
 
     Later rebuilds leave out the images of the list. Other names of the same bytes are found by their hash. A version
     that cannot be read stops nothing: it is listed under `unreadable`, with the reason.
@@ -88,8 +88,12 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
         takedown_list.add_takedowns(root, wanted, note)  # before anything is hidden: a running rebuild may still see it
         touched, faults = apply_takedowns(root, wanted, hashes)
         unreadable |= faults
+    hashes |= wanted.sha256
+    report = storage.join(root, "report.html")
     return {"sha256": sorted(wanted.sha256), "urls": sorted(wanted.urls), "domains": sorted(wanted.domains),
-            "dry_run": dry_run, "found": touched, "samples": find_samples_showing(root, wanted.sha256 | hashes),
+            "dry_run": dry_run, "found": touched, "samples": find_samples_showing(root, hashes),
+            "exports": [_full_label(dataset) for dataset in find_exports_showing(root, hashes)],
+            "reports": [report] if storage.exists(report) else [],
             "unreadable": {_full_label(dataset): fault for dataset, fault in unreadable.items()}}
 
 
@@ -201,8 +205,9 @@ def forget_text(report: dict[str, Any]) -> str:
     if not report["found"]:
         readable = "readable dataset" if report["unreadable"] else "dataset"
         leave = "would leave" if report["dry_run"] else "leave"
-        return (f"no {readable} has such images; later rebuilds {leave} them out\n"
-                f"(the URL of an image is its path below the folder, or its URL as the list has it)")
+        return "\n".join([f"no {readable} has such images; later rebuilds {leave} them out",
+                          "(the URL of an image is its path below the folder, or its URL as the list has it)",
+                          *_copies_text(report)])
     lines = []
     for entry in report["found"]:
         hidden = "would be hidden" if report["dry_run"] else "hidden"
@@ -212,12 +217,27 @@ def forget_text(report: dict[str, Any]) -> str:
             lines.append(f"  neighbor lists made with it: {', '.join(entry['neighbors'])}")
         if entry["runs"]:
             lines.append(f"  runs that used it: {', '.join(entry['runs'])}")
-    if report["samples"]:
-        lines.append(f"samples that show them beside the generated images: {', '.join(report['samples'])}")
-        lines.append(f"  to remove these: python -m jobs rm {' '.join(report['samples'])}")
+    lines += _copies_text(report)
     names = sorted({entry["dataset"].split("@")[0] for entry in report["found"]})
     lines.append("the shards keep their bytes until the next version; training leaves them out from its next start, "
                  "the weights of runs do not change")
     lines += [f"  to remove the bytes: python -m jobs rebuild {name} --source SOURCE; then "
               f"python -m jobs gc {name} --keep 1 --lease 0" for name in names]
     return "\n".join(lines)
+
+
+def _copies_text(report: dict[str, Any]) -> list[str]:
+    """A line for each kind of files that have copies of the images, and the command that removes or replaces them."""
+    lines = []
+    if report["samples"]:
+        lines.append(f"samples that show them beside the generated images: {', '.join(report['samples'])}")
+        lines.append(f"  to remove these: python -m jobs rm {' '.join(report['samples'])}")
+    for label in report["exports"]:
+        folder = f"datasets/{label.replace('@', '/')}/clip-retrieval"
+        lines.append(f"an export that has them: {folder}")
+        lines.append(f"  to make it again: python -m jobs rm {folder}; then "
+                     f"python -m jobs embed {label} --export clip-retrieval")
+    if report["reports"] and (report["found"] or report["samples"]):
+        lines.append(f"a report that may show them: {report['reports'][0]}")
+        lines.append("  to make it again: python -m jobs report")
+    return lines

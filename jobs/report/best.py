@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from jobs.report.collect import RootContents
 from jobs.report.render import Album, InlineImage, render
-from jobs.report.samples import read_images
+from jobs.report.samples import read_images, read_samples
 from jobs.runs.run import Run
 from jobs.sampling import queries
 from pipeline import storage
@@ -37,8 +37,7 @@ def best_images(root: RootContents, album: Album) -> Markup | None:
     for run in best_run_first(root):
         for name in root.newest_samples(run):
             folder = storage.join(root.address, run.path, "samples", name)
-            entries = storage.read_json(storage.join(folder, "samples.json"))["pictures"]
-            return _render(root, run, folder, entries, album)
+            return _render(root, run, folder, read_samples(root, folder)["pictures"], album)
     return None
 
 

@@ -1,9 +1,11 @@
 """The datasets, runs and stages of a root. Each manifest is read once; a missing one is None."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from jobs.inspection import status
@@ -12,6 +14,8 @@ from jobs.runs.run import Run
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.stages.documents import check_plan, check_sealed
+from pipeline.takedowns.hidden_rows import read_hidden_rows
+from pipeline.takedowns.takedown_list import Forgotten, read_takedowns
 
 _log = logging.getLogger(__name__)
 
@@ -23,6 +27,7 @@ class RootContents:
         self.address = storage.normalize(address)
         self.unreadable: list[str] = []
         """The parts of the report that could not be read, with the reasons."""
+        self._hidden: dict[Dataset, np.ndarray] = {}
         self._manifests: dict[str, dict[str, Any] | None] = {}
         self.datasets = datasets(self.address)
         self.runs = [Run(self.address, name) for name in self._folders("runs")]
@@ -83,6 +88,27 @@ class RootContents:
     def databases(self, dataset: Dataset) -> list[str]:
         """Labels of the databases for which a dataset has a folder of neighbor lists, sealed or not."""
         return self._folders(dataset.path("neighbors"))
+
+    def hidden_rows(self, dataset: Dataset) -> np.ndarray:
+        """The rows of a dataset that must not be shown, ascending (T,) int64."""
+        if dataset not in self._hidden:
+            self._hidden[dataset] = read_hidden_rows(dataset)
+        return self._hidden[dataset]
+
+    def is_hidden(self, neighbor: Mapping[str, Any], label: str) -> bool:
+        """Whether a neighbor of a sample (sha256, row) must not be shown. `label`: the database of its entry.
+
+        The takedown list has no hashes for a domain and for tombstones, so the hidden rows count too.
+        """
+        if self.forgotten.has(neighbor):
+            return True
+        database = Dataset.parse(self.address, neighbor.get("database", label))
+        return database.is_sealed("shards") and bool(np.isin(neighbor["row"], self.hidden_rows(database)))
+
+    @cached_property
+    def forgotten(self) -> Forgotten:
+        """All takedown requests of the root."""
+        return read_takedowns(self.address)
 
     def try_part(self, name: str, make: Callable[..., Markup | None], *arguments: Any) -> Markup | None:
         """The result of `make`, or a line with the reason if it fails: one damaged part must not cost the others."""

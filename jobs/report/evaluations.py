@@ -1,14 +1,17 @@
 """The evaluations and the last validation of each run."""
 
+import io
+import json
 from typing import Any
 
 from markupsafe import Markup
+from PIL import Image
 
 from jobs.evaluation import summary
 from jobs.report.collect import RootContents
 from jobs.report.render import Album, render
 from jobs.runs.metrics import read_metrics
-from jobs.runs.run import Run
+from jobs.runs.run import SHOWN_ROWS, Run
 from pipeline import storage
 
 _WIDE = 1700
@@ -42,14 +45,28 @@ def _row(row: dict[str, Any]) -> list[str]:
             f"{row['nearest']['mean']:.3f}"]
 
 
-def validation(run: Run, album: Album) -> Markup | None:
-    """The losses and the images of a run's last validation. None if there was none."""
+def validation(root: RootContents, run: Run, album: Album) -> Markup | None:
+    """The losses and the images of a run's last validation. None if there was none.
+
+    The images are left out if one of them must not be shown.
+    """
     lines = read_metrics(run, "validation.jsonl")
     if not lines:
         return None
     last = lines[-1]
     try:
-        image = album.image(storage.read_bytes(run.validated(last["step"])), "drawn in validation", side=900)
+        data = storage.read_bytes(run.validated(last["step"]))
+        shown = None if _shows_hidden(root, data) else data
+        image = album.image(shown, "drawn in validation", side=900)
     except FileNotFoundError:  # the machine that trained could not decode the latents
         image = None
     return render("validation.html", run=run.name, last=last, image_=image)
+
+
+def _shows_hidden(root: RootContents, data: bytes) -> bool:
+    """Whether the grid of a validation has a row that must not be shown; an older grid does not name its rows."""
+    with Image.open(io.BytesIO(data)) as grid:
+        listed = grid.info.get(SHOWN_ROWS)
+    if listed is None:
+        return bool(root.forgotten)
+    return any(root.is_hidden(row, row["database"]) for row in json.loads(listed))

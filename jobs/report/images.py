@@ -32,7 +32,11 @@ def neighbors(root: RootContents, dataset: Dataset, label: str, album: Album) ->
     if root.manifest(dataset.path(name)) is None:
         return None
     database = Dataset.parse(root.address, label)
-    rows, ids, scores = _near_and_far(root, dataset, name)
+    candidates = _affordable(root, dataset, _visible_rows(root, dataset, _CANDIDATES))
+    if not candidates:
+        return None
+    rows, ids, scores = _near_and_far(root, dataset, name, np.array(candidates, np.int64))
+    ids[np.isin(ids, root.hidden_rows(database))] = -1  # the lists may be older than these
     wanted = dict.fromkeys(int(row) for row in ids.T.ravel() if row >= 0)
     samples = {sample.row: sample for sample in lookup.samples(
         database, sorted(_affordable(root, database, list(wanted))))}
@@ -49,10 +53,10 @@ def neighbors(root: RootContents, dataset: Dataset, label: str, album: Album) ->
                   changed=root.changed_inputs(dataset.path(name)), queries=queries, columns=ids.shape[1])
 
 
-def _near_and_far(root: RootContents, dataset: Dataset, name: str) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """Rows of a dataset with the ids and scores of their neighbors: the nearest, those in the middle, the farthest."""
+def _near_and_far(root: RootContents, dataset: Dataset, name: str, rows: np.ndarray
+                  ) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Some of the rows, with ids and scores of their neighbors: the nearest, those in the middle, the farthest."""
     counts = [record["samples"] for record in root.sealed(dataset.path("shards"))["items"]]
-    rows = np.array(_affordable(root, dataset, spread_rows(counts, _CANDIDATES)), np.int64)
     offsets, items = np.cumsum([0, *counts]), root.sealed(dataset.path(name))["items"]
     shards = np.searchsorted(offsets, rows, side="right") - 1
     arrays: dict[str, list[np.ndarray]] = {".ids.npy": [], ".scores.npy": []}
@@ -84,9 +88,10 @@ def contact_sheet(root: RootContents, dataset: Dataset, album: Album) -> Markup 
     manifest = root.manifest(dataset.path("shards"))
     if manifest is None:
         return None
-    rows = _affordable(root, dataset, spread_rows([record["samples"] for record in manifest["items"]], SHEET))
+    rows = _affordable(root, dataset, _visible_rows(root, dataset, SHEET))
     cells = [(_thumbnail(sample, album), sample.name) for sample in lookup.samples(dataset, rows)]
-    return render("contact_sheet.html", dataset=dataset.label, cells=cells, total=manifest["totals"]["samples"],
+    total = manifest["totals"]["samples"] - len(root.hidden_rows(dataset))
+    return render("contact_sheet.html", dataset=dataset.label, cells=cells, total=total,
                   changed=root.changed_inputs(dataset.path("shards")),
                   sources=_sources(manifest["info"].get("sources"), dataset))
 
@@ -115,6 +120,18 @@ def _source(source: dict[str, Any]) -> dict[str, Any]:
         return {"text": ", ".join(f"{key} {value}" for key, value in source.items())}
     return {"name": name, "url": source.get("url"), "author": author, "author_url": source.get("author_url"),
             "license": license_name, "license_url": source.get("licence_url")}
+
+
+def _visible_rows(root: RootContents, dataset: Dataset, wanted: int) -> list[int]:
+    """Rows spread over a dataset, of those that may be shown."""
+    counts = [record["samples"] for record in root.sealed(dataset.path("shards"))["items"]]
+    hidden = root.hidden_rows(dataset)
+    if not len(hidden):
+        return spread_rows(counts, wanted)
+    ends = np.cumsum(counts)
+    visible = np.setdiff1d(np.arange(ends[-1]), hidden, assume_unique=True)
+    visible_counts = np.diff(np.searchsorted(visible, ends), prepend=0)
+    return visible[spread_rows(visible_counts.tolist(), wanted)].tolist() if len(visible) else []
 
 
 def spread_rows(counts: Sequence[int], wanted: int) -> list[int]:

@@ -73,7 +73,7 @@ def _evaluations(root: RootContents, album: Album) -> Markup | None:
 def _training(root: RootContents, album: Album) -> Markup | None:
     figures = [figure for run in root.runs
                for figure in (root.try_part(run.path, tables.loss, root, run, album),
-                              root.try_part(run.path, evaluations.validation, run, album))]
+                              root.try_part(run.path, evaluations.validation, root, run, album))]
     return _section("How the model learned to remove noise from images.", figures)
 
 

@@ -29,7 +29,7 @@ def sample_grid(root: RootContents, run: Run, name: str, album: Album) -> Markup
     if root.manifest(path) is None:
         return None
     folder = storage.join(root.address, path)
-    document = storage.read_json(storage.join(folder, "samples.json"))
+    document = read_samples(root, folder)
     labels = document["databases"]
     every = sorted({entry["position"] for entry in document["pictures"]})
     positions = every[:_ROWS]
@@ -38,7 +38,7 @@ def sample_grid(root: RootContents, run: Run, name: str, album: Album) -> Markup
     requests = {entry["position"]: entry for entry in shown.values()}
     data = read_images(folder, list(shown.values()))
     held_out = _held_out(root, labels, [entry["prompt"] for entry in shown.values() if _kind(entry) == "prompt"])
-    rows = [{"heading": queries.query_title(requests[position]), "image": _given(requests[position], data, album),
+    rows = [{"heading": queries.query_title(requests[position]), "image": _given(root, requests[position], data, album),
              "held_out": held_out.get(requests[position].get("prompt", ""), False),
              "cells": [_cell(shown.get((position, label)), data, album) for label in labels]}
             for position in positions]
@@ -53,6 +53,15 @@ def sample_grid(root: RootContents, run: Run, name: str, album: Album) -> Markup
 def _kind(entry: dict[str, Any]) -> str:
     """prompt, image or p_D. Older files have prompts only."""
     return entry.get("kind", "prompt")
+
+
+def read_samples(root: RootContents, folder: str) -> dict[str, Any]:
+    """The samples.json of a folder, without the neighbors that must not be shown."""
+    document = storage.read_json(storage.join(folder, "samples.json"))
+    for entry in document["pictures"]:
+        entry["neighbors"] = [neighbor for neighbor in entry["neighbors"]
+                              if not root.is_hidden(neighbor, entry["database"])]
+    return document
 
 
 def read_images(folder: str, shown: Sequence[dict[str, Any]]) -> Images:
@@ -70,12 +79,13 @@ def _read(address: str) -> bytes | None:
         return None
 
 
-def _given(entry: dict[str, Any], data: Images, album: Album) -> InlineImage | None:
-    """The image that was given in place of a prompt."""
+def _given(root: RootContents, entry: dict[str, Any], data: Images, album: Album) -> InlineImage | None:
+    """The image that was given in place of a prompt; an empty place if it was forgotten."""
     if _kind(entry) != "image":
         return None
     heading, image = queries.query_title(entry), entry["image"]
-    return album.image(data[image["file"]], heading, f"{heading}\nsha256 {image['sha256']}", side=96)
+    shown = None if root.forgotten.has(image) else data[image["file"]]
+    return album.image(shown, heading, f"{heading}\nsha256 {image['sha256']}", side=96)
 
 
 def _cell(entry: dict[str, Any] | None, data: Images, album: Album) -> dict[str, Any] | None:

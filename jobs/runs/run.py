@@ -22,6 +22,8 @@ HOPELESS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (Floatin
 _INPUTS = {"*": {"path": RootPath, "digest?": str}}
 _PLAN = {"section": {"encoder?": dict, "image_size?": int, "dataset?": str, "lineage?": _INPUTS}, "inputs?": _INPUTS}
 _FAULT = {"kind": str, "message": str, "launch": str, "at": NUMBER}
+SHOWN_ROWS = "rows"
+"""The text in a PNG of validation that names the rows which it shows."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

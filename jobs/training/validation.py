@@ -1,6 +1,7 @@
 """Validation during training: losses and images of held-out samples, with and without their neighbors."""
 
 import io
+import json
 import logging
 from functools import cached_property
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from jobs.runs.run import SHOWN_ROWS
 from jobs.training import latents
 from jobs.training.train_stage import Job
 from model.config import TrainConfig
@@ -19,6 +22,7 @@ from model.training.precision import compute_dtype
 from model.weights.first_stage import FirstStage
 from pipeline import storage
 from pipeline.batches.batches import OWN
+from pipeline.batches.forgotten import ForgottenRows
 from pipeline.batches.images import average_down
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset, file_of
@@ -27,6 +31,7 @@ from pipeline.formats import arrays
 from pipeline.media.contact_sheet import contact_sheet
 from pipeline.media.resize import decode_pixels
 from pipeline.neighbors.files import load_neighbors
+from pipeline.takedowns.hidden_rows import read_hidden_rows
 
 _COUNT, _AT_ONCE = 256, 64
 _SHOWN, _STEPS = 8, 20
@@ -44,8 +49,10 @@ class Validation:
         self.job, self.config, self.dataset = job, job.config, dataset
         counts = [record["samples"] for record in dataset.manifest("shards")["items"]]
         total = sum(counts)
-        rows = np.unique(np.linspace(0, total - 1, min(total, _COUNT)).astype(np.int64))
+        spread = np.linspace(0, total - 1, min(total, _COUNT)).astype(np.int64)
+        rows = np.unique(ForgottenRows(dataset, np.cumsum([0, *counts])).replace(spread))
         ids = np.concatenate(list(load_neighbors(dataset, job.database)))[rows][:, :self.config.k]
+        ids[np.isin(ids, read_hidden_rows(job.database))] = -1  # the lists may be older than these
         context = torch.from_numpy(Embeddings(job.database).rows(ids)).float()  # (N, k, D)
         if self.config.own != "none":
             own = Embeddings(dataset, OWN[self.config.own]).rows(rows)
@@ -68,8 +75,9 @@ class Validation:
         losses = {f"validation_{name}": self._loss(network, context, device) for name, context in (
             ("loss", self.context), ("shuffled", shuffled), ("nobody", torch.zeros_like(self.context)))}
         if (images := self.generate(network, device)) is not None:
-            buffer = io.BytesIO()
-            self._grid(images).save(buffer, "PNG")
+            buffer, about = io.BytesIO(), PngInfo()
+            about.add_text(SHOWN_ROWS, json.dumps(self._shown_rows()))
+            self._grid(images).save(buffer, "PNG", pnginfo=about)
             storage.put_bytes(buffer.getvalue(), self.job.run.validated(step))
         return losses
 
@@ -136,6 +144,12 @@ class Validation:
         return contact_sheet(cells, columns, cell=min(max(_SMALL, images.shape[1]), _LARGE),
                              row_labels=[held_out.caption or held_out.key for held_out in self.pictures],
                              column_labels=["held out", "sample", *(f"neighbor {n + 1}" for n in range(columns - 2))])
+
+    def _shown_rows(self) -> list[dict[str, Any]]:
+        """The rows that the grid shows, so that the report can leave it out once one of them is forgotten."""
+        shown = [(self.dataset, self.pictures), (self.job.database, list(self.near.values()))]
+        return [{"database": dataset.label, "row": one.row, "sha256": one.sha256}
+                for dataset, samples in shown for one in samples]
 
     def _pixels(self, rows: np.ndarray) -> torch.Tensor:
         samples = lookup.samples(self.dataset, rows.tolist())

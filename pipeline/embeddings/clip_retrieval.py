@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,11 @@ from pipeline.stages.stage import Stage
 from pipeline.stages.timers import Times
 from pipeline.stages.types import Entry, Item, Output, StageFailed
 from pipeline.storage import DamagedFile
+from pipeline.takedowns import hidden_rows
 
 LAYOUT, COMPVIS = "clip-retrieval", "compvis"
+HIDDEN = "hidden"
+"""The reason of rows that an export leaves out because searches do."""
 PROBES = 16
 """Images of each shard that are encoded again, to see whether adopted vectors are theirs."""
 LEAST_COSINE = 0.99
@@ -44,33 +48,57 @@ class Export(Stage):
     """The stage from embeddings to a folder that clip-retrieval's index and back end read as their own."""
 
     name = "export"
+    by_choice = frozenset({HIDDEN})
 
     def __init__(self, dataset: Dataset, config: EmbedConfig) -> None:
         super().__init__(dataset.root, dataset.path(LAYOUT), config)
         self.dataset = dataset
-        self.with_texts = storage.exists(storage.join(dataset.folder("text_embeddings"), "manifest.json"))
+        with_texts = storage.exists(storage.join(dataset.folder("text_embeddings"), "manifest.json"))
+        self.stages = ("shards", "embeddings", *(("text_embeddings",) if with_texts else ()))
+
+    @property
+    def command(self) -> str:
+        named = f"{self.dataset.name}@{self.dataset.version}"  # --export takes the published version of a bare name
+        return f"python -m jobs embed {named} --export {LAYOUT} --root {storage.quote(self.root)}"
+
+    @property
+    def replacement(self) -> str:
+        # embed --overwrite would also make the embeddings again, and a published version refuses that.
+        return f"python -m jobs rm {self.path} --root {storage.quote(self.root)}; then {self.command}"
 
     def section(self) -> dict[str, Any]:
         return {"layout": LAYOUT}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
-        names = ["shards", "embeddings", *(["text_embeddings"] if self.with_texts else [])]
-        return {name: self.dataset.identity(name) for name in names}
+        return ({name: self.dataset.identity(name) for name in self.stages}
+                | hidden_rows.hidden_row_inputs(self.dataset))
+
+    @cached_property
+    def hidden(self) -> np.ndarray:
+        """The global rows that must not be found, ascending (T,) int64."""
+        return hidden_rows.read_hidden_rows(self.dataset)
 
     def plan(self) -> Iterator[Item]:
-        records = [self.dataset.manifest(name)["items"] for name in self.inputs()]
+        records, offset = [self.dataset.manifest(name)["items"] for name in self.stages], 0
         for together in zip(*records, strict=True):
-            yield Item(together[0]["id"], {**dict(zip(self.inputs(), together, strict=True)),
-                                           "count": together[0]["samples"]})
+            count = together[0]["samples"]
+            end = offset + count
+            # Without hidden rows, plans are as they were before exports left these out.
+            first = {"offset": offset} if np.any((self.hidden >= offset) & (self.hidden < end)) else {}
+            yield Item(together[0]["id"], {**dict(zip(self.stages, together, strict=True)), "count": count, **first})
+            offset = end
 
     def process(self, item: Item, scratch: Path) -> Output:
         table = parquet.read(self.dataset.fetch("shards", file_of(item.inputs["shards"], ".parquet")))
         table = table.filter(pc.equal(table["status"], "success"))
         vectors: Any = arrays.load_array(self.dataset.fetch("embeddings", file_of(item.inputs["embeddings"], ".npy")))
         # Others know no rows that mark an image which did not decode.
-        there = vectors.any(1)
+        decoded, hidden = vectors.any(1), np.zeros(len(vectors), bool)
+        if "offset" in item.inputs:
+            hidden = np.isin(item.inputs["offset"] + np.arange(len(vectors)), self.hidden)
+        there = decoded & ~hidden
         files = {"img_emb": vectors[there]}
-        if self.with_texts:
+        if "text_embeddings" in self.stages:
             texts = arrays.load_array(
                 self.dataset.fetch("text_embeddings", file_of(item.inputs["text_embeddings"], ".npy")))
             files["text_emb"] = texts[there]
@@ -78,8 +106,8 @@ class Export(Stage):
         for kind, rows in files.items():
             output.files[f"{kind}/{kind}_{item.id}.npy"] = path = scratch / f"{kind}.npy"
             np.save(path, rows, allow_pickle=False)
-        output.ledger = [Entry(key, "undecodable") for key, good in zip(table["key"].to_pylist(), there, strict=True)
-                         if not good]
+        output.ledger = [Entry(key, HIDDEN if is_hidden else "undecodable") for key, good, is_hidden
+                         in zip(table["key"].to_pylist(), there, hidden, strict=True) if not good]
         table = table.filter(pa.array(there))
         if "image_path" in table.column_names:  # a column of the source: readers want one of that name
             table = table.rename_columns([f"source_{name}" if name == "image_path" else name

@@ -31,7 +31,8 @@ def test_the_hint_rebuilds_the_stage(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(("path", "way"), [
     ("datasets/art/v1/neighbors/noto/manifest.json", "neighbors art --database noto --overwrite"),
     ("datasets/art/v2/embeddings/000000.npy", "embed art@v2 --overwrite"),
-    ("datasets/art/v1/clip-retrieval/manifest.json", "embed art --export clip-retrieval --overwrite"),
+    ("datasets/art/v2/clip-retrieval/manifest.json",
+     "rm datasets/art/v2/clip-retrieval; then python -m jobs embed art@v2 --export clip-retrieval"),
     ("datasets/art/v1/forgotten.json", "repair art"),
     ("runs/small/samples/a/samples.json", "rm runs/small/samples/a"),
     ("runs/small/evaluations/a/grid.png", "rm runs/small/evaluations/a"),

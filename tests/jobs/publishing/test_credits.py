@@ -128,6 +128,12 @@ def test_forget_names_samples_that_show_an_image_and_credits_say_so(
     assert "to remove these: python -m jobs rm runs/tiny/samples/first" in capsys.readouterr().out
     pictures = credits.list_credits("runs/tiny/samples/first", root)[0]["pictures"]
     assert [picture.get("note") for picture in pictures] == [None, "this image was taken down"]
+    shown = tmp_path / "root/runs/tiny/samples/first/neighbors"
+    shown.mkdir()
+    for file in ("00.png", Path(first["file"]).name):  # the sheet does not read the other neighbor
+        paint(shown / file, 3)
+    credits.save_sheet(credits.list_credits("runs/tiny/samples/first", root), tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size
     assert first["sha256"] != second["sha256"]
     assert main(["forget", "--sha256", "0" * 64, "--json", "--root", root]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] == []

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from jobs.cli.main import main
 from jobs.report import report, tables
 from jobs.report.collect import RootContents
 from jobs.report.images import spread_rows
 from jobs.report.render import Album, render
-from jobs.runs.run import Run
+from jobs.runs.run import SHOWN_ROWS, Run
 from jobs.sampling.config import SampleConfig
 from jobs.sampling.sample_stage import Sampling
 from jobs.training.train_stage import Job, Training
@@ -32,6 +33,7 @@ from pipeline.embeddings.embed import Embed
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.index import Index
 from pipeline.neighbors.config import NeighborsConfig
+from pipeline.neighbors.files import load_neighbors
 from pipeline.neighbors.neighbors import Neighbors
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
@@ -313,3 +315,32 @@ def test_a_browser_shows_the_report(root: Path, page: str, tmp_path: Path):
     dumped = subprocess.run([*command, "--dump-dom", address], check=True, capture_output=True, text=True, timeout=120)
     headings = re.findall(r"<section id=[^>]*>\s*<h2>([^<]*)</h2>", dumped.stdout)
     assert tuple(headings) == HEADINGS
+
+
+def test_hidden_rows_are_shown_nowhere(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A forgotten neighbor of a sample: not beside it, nor in validation, neighbor lists, contact sheets or `show`."""
+    copy = Path(shutil.copytree(root, tmp_path / "root"))
+    folder = next((copy / "runs/first/samples").iterdir())
+    samples = json.loads((folder / "samples.json").read_text())
+    row = next(entry["neighbors"][0] for entry in samples["pictures"] if entry["database"] == "line")
+    grid = PngInfo()
+    grid.add_text(SHOWN_ROWS, json.dumps([{"database": "line", "row": row["row"], "sha256": row["sha256"]}]))
+    (copy / "runs/first/validation").mkdir()
+    Image.new("RGB", (8, 8)).save(copy / "runs/first/validation/0000004.png", pnginfo=grid)
+    (copy / "runs/first/validation.jsonl").write_text(json.dumps(
+        {"step": 4, "validation_loss": 1.0, "validation_shuffled": 1.0, "validation_nobody": 1.0}))
+    marks = [f"key {row['key']}, row {row['row']}", f"{row['key']} · "]
+    before = Document(report_page(copy))
+    assert all(mark in " ".join(before.values("title")) for mark in marks)
+    assert "drawn in validation" in before.values("alt")
+    assert main(["forget", "--key", f"line/{row['key']}", "--root", str(copy)]) == 0
+    after = Document(report_page(copy))
+    titles = " ".join(after.values("title"))
+    assert not any(mark in titles for mark in marks) and "could not be read" not in after.text
+    assert "drawn in validation (no image)" in after.values("aria-label")
+    nearest = np.concatenate(load_neighbors(Dataset(str(copy), "train"), Dataset(str(copy), "train")))
+    query = int(np.flatnonzero((nearest == row["row"]).any(1))[0])
+    capsys.readouterr()
+    assert main(["show", f"train/{query:010d}", "--json", "--out", str(tmp_path / "one.png"), "--root", str(copy)]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert row["row"] not in [near["row"] for near in shown["neighbors"]["train"]] and shown["row"] == query

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from jobs.cli.main import main
@@ -21,6 +22,7 @@ from jobs.config.recipes import tiny
 from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from jobs.training.train_stage import Job, Training
+from jobs.training.validation import Validation
 from jobs.training.worker import train_in_processes, train_process
 from model.config import TrainConfig
 from model.training.train import train
@@ -32,6 +34,7 @@ from pipeline.neighbors.neighbors import Neighbors
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import read_manifest
 from pipeline.stages.plan import prepare, replace_plan
+from pipeline.takedowns.takedowns import hide_rows
 from tests.pipeline import synthetic
 
 SETTINGS = """
@@ -362,3 +365,17 @@ def test_a_run_is_not_emptied_while_another_command_trains_it(root: Path, capsys
         assert "another command works on " in capsys.readouterr().err
     assert synthetic.files_below(root / "runs/leased") == weights
     assert main([*command, "--overwrite"]) == 0
+
+
+def test_validation_shows_no_hidden_row(root: Path, tmp_path: Path) -> None:
+    """Neither as an image nor as a neighbor, though lists of neighbors are older; their vectors are zeros."""
+    copy = Path(shutil.copytree(root, tmp_path / "copy", ignore=shutil.ignore_patterns("runs")))
+    dataset = Dataset.parse(str(copy), "drawn")
+    job = Job(Run.parse(str(copy), "validated"), dataset, dataset, _config())
+    before = Validation(job, dataset)
+    hidden = {before.pictures[0].row, int(before.ids[1, 0])}
+    hide_rows(dataset, sorted(hidden), 0)
+    after = Validation(job, dataset)
+    assert hidden <= {row["row"] for row in before._shown_rows()}
+    assert hidden.isdisjoint(row["row"] for row in after._shown_rows()) and len(after.pictures) == 8
+    assert (after.ids == -1).any() and not after.context[torch.from_numpy(after.ids == -1)].any()

@@ -16,6 +16,8 @@ from pipeline.embeddings.config import EmbedConfig
 from pipeline.embeddings.embed import EmbedCaptions
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
+from pipeline.takedowns.hidden_rows import Tombstones
+from pipeline.takedowns.takedowns import hide_rows
 from pipeline.versions import verify
 
 CONFIG = EmbedConfig(batch_size=16)
@@ -141,3 +143,24 @@ def test_rows_without_a_vector_are_left_out_of_the_export(copied):
     assert sealed["totals"]["skipped"] == {"undecodable": 1} and sealed["totals"]["samples"] == 71
     kept = pq.read_table(Path(copied.folder("clip-retrieval")) / f"metadata/metadata_{record['id']}.parquet")
     assert kept.num_rows == 29
+
+
+def test_hidden_rows_are_left_out_of_the_export(copied: Dataset, tmp_path: Path) -> None:
+    """Forgotten rows and tombstones; vectors, texts and metadata stay aligned. A later one makes the export stale."""
+    run_stage(EmbedCaptions(copied, CONFIG))
+    keys = [row["key"] for record in copied.manifest("shards")["items"] for row in metadata(copied, record, ["key"])]
+    (tmp_path / "keys.txt").write_text(keys[31])
+    run_stage(Tombstones(copied, str(tmp_path / "keys.txt")))
+    hide_rows(copied, [2, 71], 0)
+    sealed = run_stage(Export(copied, CONFIG))
+    assert sealed["totals"]["skipped"] == {"hidden": 3} and sealed["totals"]["samples"] == 69
+    folder = Path(copied.folder("clip-retrieval"))
+    names = [name for path in sorted((folder / "metadata").iterdir())
+             for name in pq.read_table(path)["image_path"].to_pylist()]
+    assert names == [key for row, key in enumerate(keys) if row not in (2, 31, 71)]
+    for kind, stage in (("img_emb", "embeddings"), ("text_emb", "text_embeddings")):
+        exported = np.concatenate([np.load(path) for path in sorted((folder / kind).iterdir())])
+        np.testing.assert_array_equal(exported, np.delete(Embeddings(copied, stage).all(), [2, 31, 71], 0))
+    hide_rows(copied, [40], 0)
+    with pytest.raises(ValueError, match=r"has changed: forgotten\nhint: .* rm \S+/clip-retrieval .*; then .* embed"):
+        run_stage(Export(copied, CONFIG))
