@@ -386,11 +386,10 @@ def _made(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal) -> dict[st
         rebuild.keep_published()
         return {"dataset": rebuild.name, "published": rebuild.before.version, "rolled_back": dataset.version}
     diff = rebuild.compare(dataset, seal)
-    counts = {name: diff.counts[name] for name in _COUNTS}
+    counts = {name: diff.counts[name] for name in _COUNTS} | diff.filtered_by
     _log.info("rebuild: rows of the source of %s%s: %s", rebuild.name,
               f" since {rebuild.before.version}" if rebuild.before.version else "",
               ", ".join(f"{count} {name}" for name, count in counts.items()))
-    counts |= diff.filtered_by
     if rebuild.unchanged(dataset, diff):
         return {"dataset": rebuild.name, "published": rebuild.before.version, "unchanged": True, **counts}
     rebuild.build(dataset, diff, seal)

@@ -13,7 +13,7 @@ from pipeline import storage
 from pipeline.storage import name_by_content
 from pipeline.tables.cells import json_cell, replace_surrogates
 
-LICENSE, NO_LICENSE = "filtered_by_license", "filtered_without_license"
+LICENSE, NO_LICENSE, TAKEDOWN = "filtered_by_license", "filtered_without_license", "filtered_by_takedown"
 BAD_ROW = "bad_row"
 """The reason of a row that cannot be read, and so has no columns that a filter could look at."""
 
@@ -67,7 +67,7 @@ class ReadReport:
 
     filtered: int = 0
     filtered_by: Counter[str] = field(default_factory=Counter)
-    """Rows that `--licenses` filtered, by LICENSE and NO_LICENSE. `filtered` has them too."""
+    """Rows that `--licenses` filtered, by LICENSE and NO_LICENSE; `filtered` has them too. TAKEDOWN: see `rebuild`."""
     remarks: list[tuple[str, str, str]] = field(default_factory=list)
     """(name, reason, detail) of members of tars that cannot be used as rows."""
 

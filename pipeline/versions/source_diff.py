@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.rows.rows import ReadReport, Row, hashable_cells, parse_row, redact_cells, row_line
+from pipeline.rows.rows import TAKEDOWN, ReadReport, Row, hashable_cells, parse_row, redact_cells, row_line
 from pipeline.shards.metadata import FORGOTTEN, SUCCESS
 from pipeline.shards.transform import old_source_name, source_name
 from pipeline.sources.config import ShardConfig
@@ -68,7 +68,7 @@ class SourceDiff:
     """kept, added, changed, removed, forgotten: rows of the source; the last two: images of the last version."""
     listing_file: str
     filtered_by: Counter[str]
-    """Rows that `--licenses` filtered, by LICENSE and NO_LICENSE."""
+    """Rows that `--licenses` filtered, by LICENSE and NO_LICENSE, and those that the takedown list names, TAKEDOWN."""
 
     @classmethod
     def read(cls, config: ShardConfig, forgotten: Forgotten, folder: str) -> "SourceDiff":
@@ -167,6 +167,7 @@ def _read_source(source: Source, forgotten: Forgotten, lines: BinaryIO, reading:
         for row in rows:
             name = source_name(row)
             if forgotten.has_name(name):
+                reading.filtered_by[TAKEDOWN] += 1
                 continue
             row.number, number = number, number + 1
             files = filter(None, (row.name, row.caption_file, *row.more_files))

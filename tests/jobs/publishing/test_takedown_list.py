@@ -56,6 +56,13 @@ def test_a_value_of_a_request_alone_still_counts(forgotten: Path) -> None:
     assert rebuild(forgotten / "root", forgotten / "source")["forgotten"] == 2
 
 
+def test_rows_of_the_source_that_the_list_names_are_counted(place: Path) -> None:
+    dataset = published_dataset(place / "root")
+    name = metadata(dataset, dataset.manifest("shards")["items"][0], ["url"])[4]["url"]
+    assert main(["forget", "--url", name, "--root", str(place / "root")]) == 0
+    assert rebuild(place / "root", place / "source")["filtered_by_takedown"] == 1
+
+
 def test_changed_copies_are_named_and_restored(forgotten: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, copies = str(forgotten / "root"), [forgotten / f"root/takedowns/00000{number}.json" for number in (1, 2)]
     before = _change(copies[0])
