@@ -196,7 +196,9 @@ def complete(words: Sequence[str]) -> list[str]:
 
     None where the value of a flag is text or a file: the shell then completes files.
     """
-    *before, current = words or [""]
+    *before, current = [word for word in words if word != "="] or [""]  # bash splits --root=ROOT into three words
+    if words[-1:] == ["="]:
+        before, current = [*before, current], ""
     named = [word for word in before if word in VERBS]
     verb = "".join(named[1:2] if named[:1] == ["submit"] else named[:1])  # the words of `submit` are another command
     previous = before[-1] if before else ""
