@@ -35,7 +35,8 @@ def check_new_root(root: str, sources: Sequence[str]) -> None:
 
 
 def _is_root(root: str) -> bool:
-    return bool(FOLDERS.intersection(storage.list_folders(storage.normalize(root))))
+    place = storage.normalize(root)  # a prefix may have a million images beside these folders
+    return any(storage.list_folders(storage.join(place, name)) for name in sorted(FOLDERS))
 
 
 def _real_path(url: str) -> str:

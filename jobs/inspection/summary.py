@@ -13,7 +13,8 @@ from jobs.runs.run import Run
 from jobs.telemetry.units import format_bytes, format_count, format_duration, format_number
 from model import recipes as networks
 from pipeline import storage
-from pipeline.datasets.dataset import Dataset, datasets
+from pipeline.datasets.dataset import DEFAULT_VERSION, Dataset, datasets
+from pipeline.datasets.pointer import parse_pointer, read_pointer
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.neighbors.files import why_recall_is_unknown
 from pipeline.releases.published import open_dataset
@@ -84,51 +85,60 @@ def _number(value: Any) -> str:
     return str(value) if isinstance(value, str | int) else format_number(value, 4)
 
 
-def _dataset(stage: Stage) -> str:
-    """NAME, or NAME@VERSION, of the folder of a stage of a dataset."""
+def _dataset_of(stage: Stage) -> Dataset:
+    """The dataset of a stage, from its folder."""
     _, name, version, *_ = stage.path.split("/")
-    return name if version == "v1" else f"{name}@{version}"
+    return Dataset(stage.root, name, version)
+
+
+def _label(dataset: Dataset) -> str:
+    """NAME, or NAME@VERSION where readers of NAME would get another version."""
+    read = (parse_pointer(read_pointer(dataset.root, dataset.name) or b"") or {}).get("version", DEFAULT_VERSION)
+    return dataset.label if dataset.version != DEFAULT_VERSION or read == DEFAULT_VERSION else (
+        f"{dataset.name}@{DEFAULT_VERSION}")
+
+
+def _dataset(stage: Stage) -> str:
+    return _label(_dataset_of(stage))
 
 
 def _after_score(stage: Stage) -> str:
     """Hide rows, but not of a published version: it never changes."""
-    _, name, version, _, column = stage.path.split("/")
-    if has_release(Dataset(stage.root, name, version)):
+    if has_release(_dataset_of(stage)):
         return ""
-    return f"index {_dataset(stage)} --hide '{column} < 0.5'"
+    return f"index {_dataset(stage)} --hide '{stage.path.rsplit('/', 1)[1]} < 0.5'"
 
 
 def _after_neighbors(stage: Stage) -> str:
-    root, label = stage.root, stage.path.rsplit("/", 1)[1]
-    _, name, version, *_ = stage.path.split("/")
-    dataset, database = Dataset(root, name, version), Dataset.parse(root, label)
+    dataset, label = _dataset_of(stage), stage.path.rsplit("/", 1)[1]
+    database = Dataset.parse(stage.root, label)
     if (flags := _flags_for_images(dataset)) is None:  # training is not possible
-        return f"search {label} 'a red apple'" if database.is_sealed("index") else ""
-    other = "" if database.name == name else f" --database {label}"
+        return f"search {_label(database)} 'a red apple'" if database.is_sealed("index") else ""
+    other = "" if database == dataset else f" --database {_label(database)}"
     flags += _flags_for_vectors(dataset, label)
-    return f"train {_free_run(root, name)} --dataset {_dataset(stage)}{other}{flags}"
+    return f"train {_free_run(dataset)} --dataset {_label(dataset)}{other}{flags}"
 
 
 def _after_latents(stage: Stage) -> str:
     """Train with the neighbors that are there, or find them first."""
-    _, name, version, *_ = stage.path.split("/")
-    dataset = Dataset(stage.root, name, version)
+    dataset = _dataset_of(stage)
     databases = [label for label in storage.list_folders(dataset.folder("neighbors"))
                  if dataset.is_sealed(f"neighbors/{label}")]
     if not databases:
-        return f"neighbors {_dataset(stage)}"
+        return f"neighbors {_label(dataset)}"
     channels, *sides = dataset.manifest("latents")["info"]["shape"][1:]
     network = networks.tiny().unet
     flags = "" if channels == network.in_channels else f" --in-channels {channels} --out-channels {channels}"
-    return (f"train {_free_run(stage.root, name)} --dataset {_dataset(stage)} --database {databases[0]}"
+    database = _label(Dataset.parse(stage.root, databases[0]))
+    return (f"train {_free_run(dataset)} --dataset {_label(dataset)} --database {database}"
             f"{_flags_for_vectors(dataset, databases[0])}{flags}{_patch_flag(sides)} --latents")
 
 
-def _free_run(root: str, name: str) -> str:
+def _free_run(dataset: Dataset) -> str:
     """A name that no run has."""
-    taken = set(storage.list_folders(storage.join(root, "runs")))
-    return next(run for run in (f"{name}_run{number or ''}" for number in itertools.chain((0,), itertools.count(2)))
-                if run not in taken)
+    there, first = set(storage.list_folders(storage.join(dataset.root, "runs"))), f"{dataset.name}_run"
+    names = itertools.chain([first], (f"{first}{number}" for number in itertools.count(2)))
+    return next(name for name in names if name not in there)
 
 
 def _flags_for_vectors(dataset: Dataset, database: str) -> str:

@@ -105,7 +105,7 @@ def test_a_new_root_in_its_source_is_refused(verb: str, root: str, place: Path,
 
 
 def test_a_root_in_its_source_that_has_datasets_continues(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (place / "source/data/datasets").mkdir(parents=True)
+    (place / "source/data/datasets/noto").mkdir(parents=True)
     _refused(place, "shard", [*_words(place, "shard", "noto", "source/data"), "--dry-run"], capsys, code=0)
 
 

@@ -157,7 +157,8 @@ def test_completion_gives_verbs_flags_and_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("words", "expected"), [
     ("train x --tracker w", ["wandb"]), ("train x --recipe emoji_3", ["emoji_32"]), ("shard x --format j", ["jpg"]),
-    ("train x --tracker = w", ["wandb"]), ("shard x --format =", ["jpg", "png", "webp"]), ("embed --root = ROOT no", ["noto"]),
+    ("train x --tracker = w", ["wandb"]), ("shard x --format =", ["jpg", "png", "webp"]),
+    ("embed --root = ROOT no", ["noto"]),
     ("submit --wait emb", ["embed"]), ("submit --wait embed --mod", ["--model"]), ("submit --retr", ["--retries"]),
     ("train x --root ROOT --dataset no", ["noto"]), ("pipeline a --root ROOT --train em", ["emoji_32"]),
     ("shard x --root ROOT --source ", []), ("shard x --root ROOT --image-size ", [])])

@@ -74,6 +74,9 @@ def test_the_next_training_fits_the_vectors_and_has_a_free_name(trained_root: Pa
     assert _next_training(about).unet.context_dim == 512
     (tmp_path / "root/runs/drawn_run").mkdir()
     assert _next_words(*about)[4] == "drawn_run2"
+    pointer = {"version": "v2", "number": 2, "sequence": 1, "release": "0", "published": 1.0}
+    storage.put_json(pointer, str(tmp_path / "root/datasets/drawn/current.json"))
+    assert _next_words(*about)[5:7] == ["--dataset", "drawn@v1"]  # readers of "drawn" would get v2
 
 
 def test_nothing_follows_the_scores_of_a_published_version(tmp_path: Path) -> None:
