@@ -89,11 +89,11 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
         touched, faults = apply_takedowns(root, wanted, hashes)
         unreadable |= faults
     hashes |= wanted.sha256
-    report = storage.join(root, "report.html")
+    samples, report = find_samples_showing(root, hashes), storage.join(root, "report.html")
     return {"sha256": sorted(wanted.sha256), "urls": sorted(wanted.urls), "domains": sorted(wanted.domains),
-            "dry_run": dry_run, "found": touched, "samples": find_samples_showing(root, hashes),
+            "dry_run": dry_run, "found": touched, "samples": samples,
             "exports": [_full_label(dataset) for dataset in find_exports_showing(root, hashes)],
-            "reports": [report] if storage.exists(report) else [],
+            "reports": [report] if (touched or samples) and storage.exists(report) else [],
             "unreadable": {_full_label(dataset): fault for dataset, fault in unreadable.items()}}
 
 
@@ -237,7 +237,7 @@ def _copies_text(report: dict[str, Any]) -> list[str]:
         lines.append(f"an export that has them: {folder}")
         lines.append(f"  to make it again: python -m jobs rm {folder}; then "
                      f"python -m jobs embed {label} --export clip-retrieval")
-    if report["reports"] and (report["found"] or report["samples"]):
+    if report["reports"]:
         lines.append(f"a report that may show them: {report['reports'][0]}")
         lines.append("  to make it again: python -m jobs report")
     return lines
