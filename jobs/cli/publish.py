@@ -304,5 +304,5 @@ def run_forget(options: ForgetOptions) -> int:
     takedown = forget.parse_takedown(root, options.sha256, options.url, options.key, options.domain)
     result = forget.forget(root, takedown, options.note, dry_run=options.common.dry_run)
     output.print_answer(result, lambda: forget.forget_text(result), as_json=options.json)
-    forget.refuse_unreadable(root, result["unreadable"], dry_run=options.common.dry_run)
+    forget.refuse_unreadable(root, result["unreadable"], result["denied"], dry_run=options.common.dry_run)
     return 0

@@ -60,10 +60,12 @@ def find_samples_showing(root: str, hashes: Collection[str]) -> list[str]:
 def find_exports_showing(root: str, hashes: Collection[str]) -> list[Dataset]:
     """The versions whose export to clip-retrieval has an image with one of these hashes."""
     showing = []
-    for dataset in datasets(storage.normalize(root)):
+    for dataset in datasets(storage.normalize(root), {}):
         try:
             if dataset.is_sealed(_EXPORT) and any(value in hashes for value in _exported_hashes(dataset)):
                 showing.append(dataset)
+        except PermissionError as error:
+            _log.warning("forget: %s", storage.error_reason(error))
         except (ValueError, OSError, LookupError, TypeError):
             _log.warning("forget: %s is damaged: it may show images that are taken down\nhint: python -m jobs rm %s",
                          dataset.path(_EXPORT), dataset.path(_EXPORT))
@@ -101,19 +103,26 @@ def list_consumer_encoders(root: str, name: str, base: Dataset | None) -> dict[s
 
 
 def _consumers(root: str, *, skip_damaged: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The plans of the stages that read databases, by folder."""
+    """The plans of the stages that read databases, by folder.
+
+    `skip_damaged`: those that this user may not read are left out too, but not the folder of all runs.
+    """
     root = storage.normalize(root)
     paths = [f"runs/{run}" for run in storage.list_folders(storage.join(root, "runs"))]
-    for dataset in datasets(root):
-        paths += [dataset.path(f"neighbors/{database}")
-                  for database in storage.list_folders(dataset.folder("neighbors"))]
+    for dataset in datasets(root, {} if skip_damaged else None):
+        try:
+            paths += [dataset.path(f"neighbors/{database}")
+                      for database in storage.list_folders(dataset.folder("neighbors"))]
+        except PermissionError:
+            if not skip_damaged:
+                raise
     for path in paths:
         try:
             document = read_inputs(root, path)
-        except DamagedFile as error:
+        except (DamagedFile, PermissionError) as error:
             if not skip_damaged:
                 raise
-            _log.warning("%s", storage.first_line(error))
+            _log.warning("%s", storage.error_reason(error))
             continue
         if document:
             yield path, document

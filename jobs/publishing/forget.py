@@ -19,6 +19,23 @@ from pipeline.takedowns.takedown_list import Forgotten
 _log = logging.getLogger(__name__)
 
 
+class Unread(dict[str, str]):
+    """Versions, datasets and `runs` that cannot be read, by label, and the reason."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.denied: list[str] = []
+        """Labels of what this user may not read or write. It need not be damaged."""
+
+    def note(self, label: str, error: Exception) -> None:
+        """Keep the first error of a label, and log it."""
+        if label not in self:
+            self[label] = storage.error_reason(error)
+            _log.warning("forget: %s cannot be read: %s", label, self[label])
+            if isinstance(error, PermissionError):
+                self.denied.append(label)
+
+
 def parse_takedown(root: str, sha256: Sequence[str], urls: Sequence[str], keys: Sequence[str],
           domains: Sequence[str]) -> Forgotten:
     """The images that a request names. Keys become the hashes of their images. ValueError if it names none."""
@@ -31,9 +48,9 @@ def parse_takedown(root: str, sha256: Sequence[str], urls: Sequence[str], keys: 
             raise ValueError(f"--key {text}: expected DATASET/KEY, got {'no dataset' if not name else 'no key'}\n"
                              f"hint: python -m jobs show {text.strip('/')}, which prints both")
         dataset = Dataset.parse(root, name)
-        versions = [version for version in _sealed_datasets(root) if version.name == dataset.name
+        unreadable = Unread()
+        versions = [version for version in _sealed_datasets(root, unreadable) if version.name == dataset.name
                     and ("@" not in name or version.version == dataset.version)]
-        unreadable: dict[Dataset, str] = {}
         pictures = [row for version in versions
                     for _, row in _read_rows(version, lambda row: row["key"] == key, unreadable)]  # noqa: B023
         if not pictures and unreadable:
@@ -73,28 +90,31 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
     root = storage.normalize(root)
     takedown_list.refuse_lost_requests(root)
     hashes: set[str] = set()
-    unreadable: dict[Dataset, str] = {}
+    unreadable = Unread()
     if not wanted.domains:  # it also covers the bytes of the images, in case other URLs serve them
-        for dataset in _sealed_datasets(root):
+        for dataset in _sealed_datasets(root, unreadable):
             hashes |= _hashes(_read_rows(dataset, wanted.has, unreadable))
         wanted = Forgotten(wanted.sha256 | hashes, wanted.urls)
     if dry_run:
         touched = []
-        for dataset in _sealed_datasets(root):
+        for dataset in _sealed_datasets(root, unreadable):
             if rows := _read_rows(dataset, wanted.has, unreadable):
                 hashes |= _hashes(rows)
-                touched.append(_touched(dataset, rows, 0, find_consumers(root, dataset.name)))
+                touched.append(_touched(dataset, rows, 0, unreadable))
     else:
         takedown_list.add_takedowns(root, wanted, note)  # before anything is hidden: a running rebuild may still see it
-        touched, faults = apply_takedowns(root, wanted, hashes)
-        unreadable |= faults
+        touched = apply_takedowns(root, unreadable, wanted, hashes)
     hashes |= wanted.sha256
-    samples, report = find_samples_showing(root, hashes), storage.join(root, "report.html")
+    report, samples = storage.join(root, "report.html"), list[str]()
+    try:
+        samples = find_samples_showing(root, hashes)
+    except PermissionError as error:
+        unreadable.note("runs", error)
     return {"sha256": sorted(wanted.sha256), "urls": sorted(wanted.urls), "domains": sorted(wanted.domains),
             "dry_run": dry_run, "found": touched, "samples": samples,
             "exports": [_full_label(dataset) for dataset in find_exports_showing(root, hashes)],
             "reports": [report] if (touched or samples) and storage.exists(report) else [],
-            "unreadable": {_full_label(dataset): fault for dataset, fault in unreadable.items()}}
+            "unreadable": unreadable, "denied": unreadable.denied}
 
 
 def _hashes(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> set[str]:
@@ -102,58 +122,86 @@ def _hashes(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> set[str]:
     return {value for _, row in rows for value in (row["sha256"], row.get("original_sha256")) if value}
 
 
-def apply_takedowns(root: str, wanted: Forgotten | None = None, hashes: set[str] | None = None
-                    ) -> tuple[list[dict[str, Any]], dict[Dataset, str]]:
+def apply_takedowns(root: str, unreadable: Unread, wanted: Forgotten | None = None, hashes: set[str] | None = None
+                    ) -> list[dict[str, Any]]:
     """Hide the rows of the whole takedown list in every dataset, and say which of them have rows of `wanted`.
 
     None means the whole list. It applies earlier requests again, because a killed process may not have applied them.
     `hashes` gets the hashes of the images of these rows.
-    The second result names the versions that cannot be read, with the reason. The list counts as applied: if such a
-    published version is restored, searches refuse it until `repair` hides its rows.
+    `unreadable` gets the versions that cannot be read, or where nothing can be hidden. The list counts as applied: if
+    such a published version is restored, searches refuse it until `repair` hides its rows.
     """
     listed, touched = takedown_list.read_takedowns(root), []
     count = takedown_list.count_requests(root)[0]
-    there, unreadable = _sealed_datasets(root), dict[Dataset, str]()
+    there = _sealed_datasets(root, unreadable)
     for dataset in there:
-        rows = _read_rows(dataset, listed.has, unreadable)
-        through = 0 if dataset in unreadable else count  # some of its rows are not known
-        fresh = takedowns.hide_rows(dataset, [row for row, _ in rows], through) if rows or through else 0
+        rows, fresh = _read_rows(dataset, listed.has, unreadable), 0
+        through = 0 if _full_label(dataset) in unreadable else count  # some of its rows are not known
+        try:
+            if rows or through:
+                fresh = takedowns.hide_rows(dataset, [row for row, _ in rows], through)
+        except PermissionError as error:
+            unreadable.note(_full_label(dataset), error)
+            continue
         if requested := [(row, sample) for row, sample in rows if wanted is None or wanted.has(sample)]:
-            touched.append(_touched(dataset, requested, fresh, find_consumers(root, dataset.name)))
+            touched.append(_touched(dataset, requested, fresh, unreadable))
             if hashes is not None:
                 hashes |= _hashes(requested)
     takedown_list.mark_applied(root, count)
-    require_requests(root, sorted({dataset.name for dataset in there}))
-    return touched, unreadable
+    for name in sorted({dataset.name for dataset in there}):
+        try:
+            require_requests(root, [name])
+        except PermissionError as error:
+            unreadable.note(name, error)
+    return touched
 
 
-def refuse_unreadable(root: str, unreadable: Mapping[str, str], *, dry_run: bool) -> None:
-    """DamagedFile if versions could not be read, with the way to hide what they may have."""
+def refuse_unreadable(root: str, unreadable: Mapping[str, str], denied: Sequence[str] = (), *, dry_run: bool) -> None:
+    """DamagedFile if versions could not be read, with the way to hide what they may have.
+
+    PermissionError if this user may not read them (`denied`).
+    """
     if not unreadable:
         return
-    label = next(iter(unreadable))
+    done = ("the request would be recorded and hide images elsewhere, but" if dry_run else
+            "the request is recorded, and its images are hidden elsewhere, but")
+    sentence = (f"{done} {format_count(len(unreadable), 'place')} cannot be read and may still have such images: "
+                f"{_list_faults(unreadable)}")
+    if denied:
+        name, _, version = denied[0].partition("@")
+        place = storage.join(root, "runs" if name == "runs" else f"datasets/{name}/{version}".rstrip("/"))
+        raise PermissionError(f"{sentence}\nhint: let this user read and write {place}; then the same forget again")
+    raise DamagedFile(f"{sentence}\nhint: {_find_way_back(root, next(iter(unreadable)))}; then the same forget again")
+
+
+def _find_way_back(root: str, label: str) -> str:
+    """The command for a damaged version."""
     name, _, version = label.partition("@")
     try:
         published = Published.load(root, name)
     except DamagedPointer:
-        hint = f"python -m jobs repair {name}"
-    else:
-        folder = f"datasets/{name}/{version}"
-        if not published.version:
-            named = name if version == DEFAULT_VERSION else label
-            hint = f"python -m jobs shard {named} --source FOLDER --overwrite; or remove {folder}"
-        else:
-            hint = find_replacement(published, version)
-    state = "would be recorded" if dry_run else "is recorded"
-    raise DamagedFile(f"the request {state}, but {len(unreadable)} versions cannot be read and may still have such "
-                      f"images: {_list_faults(unreadable)}\nhint: {hint}; then the same forget again")
+        return f"python -m jobs repair {name}"
+    if published.version:
+        return find_replacement(published, version)
+    named = name if version == DEFAULT_VERSION else label
+    return f"python -m jobs shard {named} --source FOLDER --overwrite; or remove datasets/{name}/{version}"
 
 
-def _sealed_datasets(root: str) -> list[Dataset]:
-    return [dataset for dataset in datasets(root) if dataset.is_sealed("shards")]
+def _sealed_datasets(root: str, unreadable: Unread) -> list[Dataset]:
+    """The versions with sealed shards, as far as this user may look."""
+    denied: dict[str, Exception] = {}
+    found = []
+    for dataset in datasets(root, denied):
+        try:
+            found += [dataset] if dataset.is_sealed("shards") else []
+        except PermissionError as error:
+            unreadable.note(_full_label(dataset), error)
+    for name, fault in denied.items():
+        unreadable.note(name, fault)
+    return found
 
 
-def _read_rows(dataset: Dataset, wanted: Callable[[dict[str, Any]], bool], unreadable: dict[Dataset, str]
+def _read_rows(dataset: Dataset, wanted: Callable[[dict[str, Any]], bool], unreadable: Unread
                ) -> list[tuple[int, dict[str, Any]]]:
     """The wanted samples of a dataset; those that can be read, and an entry in `unreadable`, if it is damaged."""
     faults: list[Exception] = []
@@ -161,9 +209,8 @@ def _read_rows(dataset: Dataset, wanted: Callable[[dict[str, Any]], bool], unrea
         rows = takedowns.find_matching_rows(dataset, wanted, faults)
     except takedowns.READ_ERRORS as error:
         rows, faults = [], [error]
-    if faults and dataset not in unreadable and dataset.is_sealed("shards"):  # otherwise gc has removed it meanwhile
-        unreadable[dataset] = storage.first_line(faults[0])
-        _log.warning("forget: %s cannot be read: %s", _full_label(dataset), unreadable[dataset])
+    if faults and dataset.is_sealed("shards"):  # otherwise gc has removed it meanwhile
+        unreadable.note(_full_label(dataset), faults[0])
     return rows
 
 
@@ -171,9 +218,8 @@ def _full_label(dataset: Dataset) -> str:
     return f"{dataset.name}@{dataset.version}"
 
 
-def _list_faults(unreadable: Mapping[Any, str]) -> str:
-    return "; ".join(f"{key if isinstance(key, str) else _full_label(key)} ({fault})"
-                     for key, fault in unreadable.items())
+def _list_faults(unreadable: Mapping[str, str]) -> str:
+    return "; ".join(f"{label} ({fault})" for label, fault in unreadable.items())
 
 
 def require_requests(root: str, names: Sequence[str], *, replace: bool = False) -> None:
@@ -191,9 +237,13 @@ def require_requests(root: str, names: Sequence[str], *, replace: bool = False) 
             _log.warning("forget: %s", error)
 
 
-def _touched(dataset: Dataset, rows: list[tuple[int, dict[str, Any]]], fresh: int, users: dict[str, list[str]]
+def _touched(dataset: Dataset, rows: list[tuple[int, dict[str, Any]]], fresh: int, unreadable: Unread
              ) -> dict[str, Any]:
-    used = users.get(dataset.version, [])
+    used: list[str] = []
+    try:
+        used = find_consumers(dataset.root, dataset.name).get(dataset.version, [])
+    except PermissionError as error:
+        unreadable.note("runs", error)
     return {"dataset": f"{dataset.name}@{dataset.version}", "pictures": len(rows), "hidden_now": fresh,
             "keys": [row["key"] for _, row in rows][:20],
             "neighbors": [consumer for consumer in used if consumer.startswith("datasets/")],

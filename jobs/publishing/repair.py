@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from jobs.publishing.forget import apply_takedowns, require_requests
+from jobs.publishing.forget import Unread, apply_takedowns, require_requests
 from jobs.publishing.whole_versions import (
     find_false_entries,
     find_false_facts,
@@ -15,7 +15,7 @@ from jobs.publishing.whole_versions import (
     find_way_back,
 )
 from pipeline import storage
-from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.dataset import DEFAULT_VERSION, Dataset
 from pipeline.datasets.names import version_number
 from pipeline.datasets.pointer import DamagedPointer, parse_pointer, read_pointer
 from pipeline.releases import release_files
@@ -126,16 +126,18 @@ def _repair_takedowns(root: str, name: str, *, accepted: bool) -> dict[str, Any]
     restored = takedown_list.restore_takedowns(root)
     if not takedown_list.count_requests(root)[0]:
         return {}
-    applied, unreadable = apply_takedowns(root)
-    for dataset, fault in unreadable.items():
-        if dataset.name == name and not read_pointer(root, name):  # `_refuse_damaged` looks at published versions
-            raise DamagedFile(f"{dataset.label} cannot be read, so the rows to hide in it are not known: {fault}\n"
-                              f"hint: python -m jobs shard {dataset.label} --source FOLDER --overwrite")
+    unreadable = Unread()
+    applied = apply_takedowns(root, unreadable)
+    for label, fault in unreadable.items():
+        if label.partition("@")[0] == name and not read_pointer(root, name):  # `_refuse_damaged` looks at the others
+            label = label.removesuffix(f"@{DEFAULT_VERSION}")
+            raise DamagedFile(f"{label} cannot be read, so the rows to hide in it are not known: {fault}\n"
+                              f"hint: python -m jobs shard {label} --source FOLDER --overwrite")
     report: dict[str, Any] = {
         "takedown_list": "restored" if restored or accepted else "in order",
         "hidden_now": sum(entry["hidden_now"] for entry in applied if entry["dataset"].startswith(f"{name}@"))}
     if unreadable:
-        report["unreadable"] = [f"{dataset.name}@{dataset.version}" for dataset in unreadable]
+        report["unreadable"] = list(unreadable)
     return report
 
 

@@ -172,11 +172,21 @@ class Dataset:
         return True
 
 
-def datasets(root: str) -> list[Dataset]:
-    """Every version of every dataset that has a folder below a root, sealed or not."""
-    return [Dataset(storage.normalize(root), name, version)
-            for name in storage.list_folders(storage.join(storage.normalize(root), "datasets"))
-            for version in storage.list_folders(storage.join(storage.normalize(root), "datasets", name))]
+def datasets(root: str, denied: dict[str, Exception] | None = None) -> list[Dataset]:
+    """Every version of every dataset that has a folder below a root, sealed or not.
+
+    Datasets that this user may not list are left out if `denied` is a dict, which gets the errors by name.
+    """
+    root, found = storage.normalize(root), []
+    for name in storage.list_folders(storage.join(root, "datasets")):
+        try:
+            found += [Dataset(root, name, version)
+                      for version in storage.list_folders(storage.join(root, "datasets", name))]
+        except PermissionError as error:
+            if denied is None:
+                raise
+            denied[name] = error
+    return found
 
 
 def file_of(record: dict[str, Any], suffix: str) -> dict[str, Any]:

@@ -40,6 +40,11 @@ class DamagedFile(ValueError):
     """A file below a root is missing, or is not what this program wrote there. Commands end with exit code 1."""
 
 
+def error_reason(error: BaseException) -> str:
+    """One line that says why a file cannot be read. A file that this user may not read is not damaged."""
+    return denial_message(error) or first_line(error)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of the message of an error; the name of its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,6 +10,7 @@ A request is lost if something counts it, and neither the list nor a copy has it
 the next request would take its number.
 """
 
+import contextlib
 import json
 import logging
 import time
@@ -222,9 +223,11 @@ def _count_required(root: str) -> tuple[int, str]:
     """The most requests that a pointer, its history or a version counts or this machine has seen; and where."""
     names = storage.list_folders(storage.join(root, "datasets"))
     paths = [f"datasets/{name}/current.json" for name in names]
-    paths += [f"published/{name}/{file}" for name in names
-              for file in storage.list_files(storage.join(root, "published", name)) if file.endswith(".json")]
-    paths += [f"datasets/{dataset.name}/{dataset.version}/{NAME}" for dataset in datasets(root)]
+    for name in names:
+        with contextlib.suppress(PermissionError):  # one closed folder must not stop the requests of a whole root
+            paths += [f"published/{name}/{file}" for file in storage.list_files(storage.join(root, "published", name))
+                      if file.endswith(".json")]
+    paths += [f"datasets/{dataset.name}/{dataset.version}/{NAME}" for dataset in datasets(root, {})]
     counts = storage.map_urls(lambda path: _read_count(storage.join(root, path)), paths)
     counts += [count_seen_takedowns(root, name) for name in names]
     paths += [f"datasets/{name}/current.json, as this machine has seen it," for name in names]
@@ -232,10 +235,10 @@ def _count_required(root: str) -> tuple[int, str]:
 
 
 def _read_count(url: str) -> int:
-    """The requests that a pointer or the file of a version counts; 0 if it is missing, or damaged: others tell that."""
+    """The requests that a pointer or the file of a version counts; 0 if it cannot be read: others tell that."""
     try:
         document = check_shape(storage.read_json(url), url, {"takedowns?": int, "through?": int}, "")
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, PermissionError, ValueError):
         return 0
     return max(document.get("takedowns", 0), document.get("through", 0))
 
@@ -246,8 +249,8 @@ def _counted_requests(root: str) -> dict[str, dict[str, Any]]:
     for name in storage.list_folders(storage.join(root, "datasets")):
         try:
             document = parse_pointer(read_pointer(root, name) or b"") or {}
-        except DamagedFile:
-            continue  # others tell that it is damaged
+        except (DamagedFile, PermissionError):
+            continue  # others tell that it cannot be read
         if "takedown_list" in document:
             counted[f"datasets/{name}/current.json"] = document["takedown_list"]
     return counted

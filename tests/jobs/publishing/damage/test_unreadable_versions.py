@@ -10,6 +10,7 @@ from jobs.cli.main import main
 from pipeline.datasets.metadata import metadata
 from pipeline.takedowns import hidden_rows, takedown_list
 from tests.jobs.publishing.published_art import NAME, published_dataset
+from tests.laws.file_rights import closed
 
 
 def _image(place: Path) -> str:
@@ -29,12 +30,31 @@ def test_forget_works_beside_a_damaged_version(place: Path, name: str, capsys: p
     assert main(["forget", "--sha256", image, "--root", root]) == 1
     out, err = capsys.readouterr()
     assert f"{NAME}@v1: 1 image, " in out and takedown_list.count_requests(root) == (1, 1)
-    assert "is recorded, but 1 versions cannot be read and may still have such images: other@v1 (" in err
+    assert ("the request is recorded, and its images are hidden elsewhere, but 1 place cannot be read and may still "
+            "have such images: other@v1 (") in err
     assert f"hint: python -m jobs shard other --source FOLDER --overwrite --root {root}; or remove" in err
     assert list(hidden_rows.read_hidden_rows(published_dataset(root))) == [0]
     assert main(["gc", NAME, "--root", root]) == 0
     shutil.rmtree(place / "root/datasets/other")  # the second way of the hint
     assert main(["forget", "--sha256", image, "--root", root]) == 0
+
+
+@pytest.mark.parametrize("name", ["datasets/other", "datasets/other/v1", "datasets/other/v1/shards/manifest.json",
+                                  "datasets/other/v1/shards/000000.parquet", "runs"])
+def test_forget_works_beside_what_this_user_may_not_read(place: Path, name: str, capsys) -> None:
+    root, image = str(place / "root"), _image(place)
+    shutil.copytree(place / "root/datasets" / NAME / "v1", place / "root/datasets/other/v1")
+    (place / "root/runs").mkdir()
+    with closed(place / "root" / name):
+        assert main(["forget", "--sha256", image, "--root", root]) == 1
+        out, err = capsys.readouterr()
+        assert f"{NAME}@v1: 1 image, " in out and takedown_list.count_requests(root) == (1, 1)
+        assert list(hidden_rows.read_hidden_rows(published_dataset(root))) == [0]
+        assert "the request is recorded, and its images are hidden elsewhere, but 1 place cannot be read" in err
+        assert "(this user may not " in err and f"hint: let this user read and write {root}/{name[:17]}" in err
+        assert "damaged" not in err and "rebuild" not in err.partition("hint: ")[2]
+    assert main(["forget", "--sha256", image, "--root", root]) == 0
+    assert json.loads((place / "root/datasets/other/v1/forgotten.json").read_bytes())["rows"] == [0]
 
 
 def test_gc_removes_an_unreadable_version(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
