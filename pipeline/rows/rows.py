@@ -137,4 +137,4 @@ def redact_cells(cells: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _redact_cell(text: str) -> str:
-    return storage.redact_credentials(text) if " " in text.strip() else storage.redact_url(text)
+    return storage.redact_urls(text) if " " in text.strip() else storage.redact_url(text)

@@ -15,7 +15,7 @@ from pipeline.storage.addresses import (
 )
 from pipeline.storage.cache import cache_folder, fetch, fetch_and_open, local_copy
 from pipeline.storage.conditional import can_swap, create_bytes, put_checked, swap_bytes
-from pipeline.storage.credentials import redact_credentials, redact_known_credentials, redact_url
+from pipeline.storage.credentials import redact_credentials, redact_known_credentials, redact_url, redact_urls
 from pipeline.storage.errors import (
     DamagedFile,
     FileTooLarge,
@@ -134,6 +134,7 @@ __all__ = [
     "redact_credentials",
     "redact_known_credentials",
     "redact_url",
+    "redact_urls",
     "refuse_special_file",
     "remember_reads",
     "remove",

@@ -26,6 +26,8 @@ _AUTHORITY = re.compile(r"\s*(?:https?:[/\\]*|[a-z0-9+.-]+:[/\\]{2}|[/\\]{2})", 
 _USER = re.compile(r"[^/\\?#]*@")
 # From the last letter of the scheme on: to look for its first one takes quadratic time.
 _URL_IN_TEXT = re.compile(r"(?:https?:[/\\]|[a-z0-9+.-]:[/\\]{2})[^\s<>\"]+", re.IGNORECASE)
+_BARE_USER = re.compile(r"(?<![^\s\"'(=,])[\w.+%-]{1,256}:[^\s/@\"'<>*]{1,256}@(?=[\w\[])")
+_BARE_URL = re.compile(r"^\s*[\w.+%-]{1,256}:[^\s/@*]{1,256}@(?=[\w.-]+(?::\d+)?/)")
 _AFTER_URL = ")]}'.,:;"
 _PATH_PARAMETER = re.compile(r";([^;/\\]*)")
 _BETWEEN = re.compile("([&;])")
@@ -68,7 +70,7 @@ def redact_url(url: str) -> str:
     url = redact_known_credentials(url)
     start = _AUTHORITY.match(url)
     if not start:
-        return url  # the name of a file, in which ? and # have no meaning
+        return _BARE_URL.sub("***@", url)  # the name of a file, in which ? and # have no meaning
     head, rest = url[:start.end()], url[start.end():]
     if user := _USER.match(rest):
         head, rest = head + "***@", rest[user.end():]
@@ -79,7 +81,12 @@ def redact_url(url: str) -> str:
 
 
 def redact_credentials(text: str) -> str:
-    """`text` with the credentials of its URLs taken out."""
+    """A message without the credentials of its URLs, also as `user:password@host`, as libraries shorten them."""
+    return _BARE_USER.sub("***@", redact_urls(text))
+
+
+def redact_urls(text: str) -> str:
+    """`text` with the credentials of its URLs taken out. Texts of others may have 12:30@place, which is no password."""
     return _URL_IN_TEXT.sub(_redact_match, redact_known_credentials(text))
 
 

@@ -81,6 +81,16 @@ def test_credentials_in_texts_are_removed():
     assert storage.redact_credentials("https://host/a?jwt=abc: 404") == "https://host/a?jwt=***: 404"
 
 
+def test_credentials_without_a_scheme_are_removed_from_messages():
+    text = storage.redact_credentials('Invalid bucket name "AK:secret@bucket": no u:secret@host:80/x.png')
+    assert text == 'Invalid bucket name "***@bucket": no ***@host:80/x.png'
+    for text in ("mail me@example.org", "art@v3: is damaged", "hint: art@v3", "error:art @ 12:30", "a:b"):
+        assert storage.redact_credentials(text) == text
+    assert storage.redact_url("u:secret@host:80/x.png") == "***@host:80/x.png"
+    assert storage.redact_url("12:30@cafe.png") == "12:30@cafe.png"
+    assert storage.redact_urls("12:30@cafe, see https://u:secret@host/a") == "12:30@cafe, see https://***@host/a"
+
+
 def test_no_text_makes_the_removal_fail_or_slow():
     many = 50_000
     for text in ("http://" + "?" * many, "http://h/?" + "&" * many, "http://h/" + ";" * many, "http://" + "@" * many,
