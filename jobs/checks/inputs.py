@@ -149,8 +149,8 @@ def check_run_name(run: Run, dataset: str, database: str, train: TrainConfig) ->
     differing = [name for name in wanted if _without_version(there.get(name)) != _without_version(wanted[name])]
     if differing:
         raise ValueError(f"the run name {run.name} is taken: expected the same {' and '.join(differing)} as in "
-                         f"{run.folder}, got others\nhint: another name for the run; or python -m jobs train "
-                         f"{run.name} --dataset {dataset} --overwrite")
+                         f"{run.folder}, got others\nhint: another name for the run; or python -m jobs rm "
+                         f"runs/{run.name}, then the same command again")
 
 
 def _without_version(value: Any) -> Any:

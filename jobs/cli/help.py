@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 import re
+import shlex
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ SHELLS = {
 }
 """For each shell the script that completes `rdm`. The shell asks the program for the words at each press of Tab."""
 
+# The command that makes the folder of a stage again, as Stage.replacement has it. Quoted words have any character.
+_REPLACING = re.compile(r"(?:^|(?<=replace this one: ))python -m jobs (?P<verb>\w+) (?P<target>\S+)"
+                        r"(?: '[^'\n]*'| (?!python -m )[^\s;,']+)*? --overwrite\b(?: --root (?:'[^'\n]*'|[^\s;,)]+))?")
 _NAME_DATASETS = {"--dataset", "--database", "--validation", "--extend"}
 _RUN_FLAG = "--train"
 _NAME_RUNS = {"train", "sample", "evaluate", "export"}  # verbs
@@ -59,7 +63,7 @@ _USUAL = {
     "SampleConfig": "k guidance seed steps sampler",
     "QueryConfig": "unconditional count",
     "EvaluateConfig": "prompts seeds ways",
-    "RebuildConfig": "full keep", "GatesConfig": "min_recall max_lost max_failed", "SigningOptions": "sign",
+    "RebuildConfig": "full keep", "GatesConfig": "min_recall max_lost max_failed min_overlap", "SigningOptions": "sign",
     "PlanConfig": "pictures database_rows workers gpus measure price_gpu_hour json",
     "ClusterConfig": "workers gpus",
     "CommonOptions": "root recipe config local dry_run",
@@ -189,6 +193,21 @@ def fit_flags(text: str, verb: str) -> str:
     parts = re.split(r"(python -m jobs (?:(?!; |\n|, or ).)*)", hint)
     parts[::2] = [re.sub(r"(?<![\w-])--[a-z][\w.-]*[\w]", fit, part) for part in parts[::2]]
     return message + mark + "".join(parts)
+
+
+def repeat_command(text: str, arguments: Sequence[str]) -> str:
+    """An error whose hint replaces the folder of this command by the command as the user typed it, with all flags.
+
+    Code below the command line knows the name of a stage and its inputs, and none of the settings that were typed.
+    """
+    message, mark, hint = text.partition("\nhint: ")
+    verb, *words = arguments
+    typed = shlex.join(["python", "-m", "jobs", *(word for word in arguments if word != "--overwrite")])
+
+    def repeat(match: re.Match[str]) -> str:
+        return f"{typed} --overwrite" if match["verb"] == verb and match["target"] in words else match[0]
+
+    return message + mark + _REPLACING.sub(repeat, hint)
 
 
 def complete(words: Sequence[str]) -> list[str]:

@@ -86,9 +86,11 @@ def _misuse(message: str) -> int:
 
 
 def _fit_hint(text: str, arguments: list[str]) -> str:
-    """An error with a hint whose flags the verb has: code below the command line does not know their prefixes."""
+    """An error with a hint whose flags the verb has, and whose commands keep those that the user typed."""
     from jobs.cli import help
-    return help.fit_flags(text, arguments[0]) if arguments and "\nhint: " in text else text
+    if not arguments or "\nhint: " not in text:
+        return text
+    return help.repeat_command(help.fit_flags(text, arguments[0]), arguments)
 
 
 def _log_format(arguments: list[str]) -> str:
@@ -121,7 +123,7 @@ def _inform(arguments: list[str]) -> int | None:
                              f"hint: --completion bash")
         output.print_text(help.SHELLS[rest[0]], end="")
     elif first == "--complete":
-        output.print_text("\n".join(help.complete(rest)))
+        output.print_text("".join(f"{word}\n" for word in help.complete(rest)), end="")
     elif asked:
         help.print_help(first, everything="--help-all" in asked)
     else:

@@ -28,7 +28,7 @@ class Starter:
 
 _DATA = ("shard", "embed", "index", "neighbors")
 _MODEL = (*_DATA, "latents", "train", "sample", "evaluate", "cluster")
-_TRAIN = ("pipeline NAME --source FOLDER", "latents NAME", "train RUN --dataset NAME --latents")
+_TRAIN = ("pipeline NAME --source FOLDER", "latents NAME --first-stage FOLDER", "train RUN --dataset NAME --latents")
 STARTERS = {
     "photographs": Starter(
         "Train a model on photographs of your own at 256 pixels, on one GPU.", "imagenet_400m", _MODEL,
@@ -47,14 +47,14 @@ STARTERS = {
     "style": Starter(
         "Publish images of your own as a style database. Its encoder must be that of the run that samples with it.",
         "style", ("shard", "embed", "index", "rebuild", "sample", "cluster"),
-        {"shard.image_size": 256, "shard.duplicates": "exact", "embed.model": "tiny-clip-64",
-         "embed.pretrained": "bundled", "rebuild.gates.max_failed": 0.1, "rebuild.gates.max_lost": 0.3},
+        {"shard.image_size": 256, "embed.model": "tiny-clip-64", "embed.pretrained": "bundled",
+         "rebuild.gates.max_failed": 0.1, "rebuild.gates.max_lost": 0.3},
         ("rebuild NAME --source FOLDER", "sample RUN --prompt 'a red apple' --database NAME")),
     "list": Starter(
         "Download and publish images of a list of URLs with captions, such as those of LAION.", "laion_1p3b",
         (*_DATA, "score", "rebuild", "cluster"),
         {"shard.kind": "list", "shard.url_column": "", "shard.caption_column": "", "shard.where": "",
-         "shard.image_size": 256, "shard.min_size": 128, "shard.max_aspect": 3.0, "shard.duplicates": "exact",
+         "shard.image_size": 256, "shard.min_size": 128, "shard.max_aspect": 3.0,
          "shard.download.robots_txt": True, "shard.download.contact": "", "embed.model": "ViT-L-14-quickgelu",
          "embed.pretrained": "openai", "rebuild.gates.max_failed": 0.5, "cluster.workers": 16, "cluster.gpus": 1.0},
         ("shard NAME --source 's3://lists/*.parquet' --dry-run", "rebuild NAME --source 's3://lists/*.parquet'")),

@@ -19,7 +19,7 @@ from jobs.telemetry.units import format_bytes, format_count
 from pipeline import storage
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.find_row import DatasetRow, find_row, ledger_entries, row_scores
+from pipeline.datasets.find_row import DatasetRow, find_row, ledger_entries, names_of_file, row_scores
 from pipeline.datasets.metadata import metadata
 from pipeline.formats.arrays import map_array
 from pipeline.neighbors.files import neighbor_files
@@ -29,6 +29,8 @@ from pipeline.takedowns.hidden_rows import read_hidden_rows
 from pipeline.takedowns.takedowns import read_forgotten_rows
 
 _log = logging.getLogger(__name__)
+_SHOWN_NAMES = 5
+"""Names in an error about several rows."""
 _NEIGHBORS = 5
 """Neighbors in the text for people. JSON has all of them."""
 
@@ -36,11 +38,12 @@ _NEIGHBORS = 5
 def show_row(root: str, text: str, dataset: str = "", out: str = "") -> dict[str, Any]:
     """All that is known of a row, as a JSON document. Its image goes to `out`, or to a folder of this user.
 
-    `text`: its key or its name in the source, or DATASET/KEY. `dataset`: NAME or NAME@VERSION to look into.
-    ValueError if no dataset has the row, or if several have it.
+    `text`: its key, its name in the source or the last part of this name, or DATASET/ and one of these.
+    `dataset`: NAME or NAME@VERSION to look into. ValueError if no dataset has the row, or if several rows fit.
     """
     datasets, text = _choose_datasets(root, text, dataset)
-    rows = [row for candidate in datasets if (row := find_row(candidate, text)) is not None]
+    rows = [row for candidate in datasets if (row := find_row(candidate, text)) is not None] or [
+        row for row in [_find_by_file_name(datasets, text)] if row]
     if not rows:
         return _only_in_ledgers(root, datasets, text)
     if len(rows) > 1:
@@ -48,6 +51,17 @@ def show_row(root: str, text: str, dataset: str = "", out: str = "") -> dict[str
         raise ValueError(f"{text} is in {len(rows)} datasets: {names}\n"
                          f"hint: python -m jobs show {shlex.quote(text)} --dataset {rows[0].dataset.label}")
     return _describe(rows[0], out)
+
+
+def _find_by_file_name(datasets: list[Dataset], text: str) -> DatasetRow | None:
+    """The row whose name in the source ends with the file name `text`; ValueError if several have it."""
+    found = [(dataset, name) for dataset in datasets for name in names_of_file(dataset, text)]
+    if len(found) > 1:
+        shown = [f"{dataset.label}/{name}" for dataset, name in found]
+        raise ValueError(f"{len(found)} rows have the file name {text}: {', '.join(shown[:_SHOWN_NAMES])}"
+                         f"{', ...' if len(found) > _SHOWN_NAMES else ''}\n"
+                         f"hint: python -m jobs show {shlex.quote(shown[0])}")
+    return find_row(*found[0]) if found else None
 
 
 def _choose_datasets(root: str, text: str, dataset: str) -> tuple[list[Dataset], str]:

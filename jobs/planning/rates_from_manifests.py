@@ -1,7 +1,8 @@
 """Rates from the manifests below a root, by the formulas of cost_model.py solved for the rates.
 
 Every record has its seconds, so a small run on some machines gives the time of a larger one on them. Several folders of
-a stage count together. Rates that no folder gives keep their first value.
+a stage count together. Rates that no folder gives keep their first value. Folders of a rebuild that reuse those of the
+version before do not count: their samples are more than their seconds made.
 """
 
 import logging
@@ -47,13 +48,18 @@ def rates(root: str, base: Rates, *, gpu: bool = False) -> Rates:
 
 
 def _sealed(datasets: list[Dataset], folder: str, name: str) -> Iterator[tuple[Dataset, dict[str, Any]]]:
-    """The datasets whose `folder` was sealed by the stage `name`, with its manifest."""
+    """The datasets whose `folder` was sealed by the stage `name`, and made whole, with its manifest."""
     for dataset in datasets:
         # Skip a folder whose inputs are gone.
         if dataset.is_sealed(folder) and (folder == "shards" or dataset.is_sealed("embeddings")):
             manifest = dataset.manifest(folder)
-            if manifest["stage"] == name and manifest["totals"]["samples"]:
+            if manifest["stage"] == name and manifest["totals"]["samples"] and not _reuses(manifest):
                 yield dataset, manifest
+
+
+def _reuses(manifest: dict[str, Any]) -> bool:
+    """Whether a stage of a rebuild took over a part from the version before."""
+    return bool(manifest["inputs"].keys() & {"last", "base"} or manifest["info"].get("reused"))
 
 
 def _shard(datasets: list[Dataset], base: Rates) -> ShardRates | None:

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 
 from jobs.config.recipes import PURPOSES, RECIPES
-from jobs.telemetry import tables
+from jobs.telemetry import output, tables
 from jobs.telemetry.units import format_bytes
 from model.training.flops import count_parameters, training_bytes
 
@@ -61,4 +61,4 @@ def recipes_table(recipes: list[RecipeFacts]) -> str:
     latents = [f"{facts.recipe} trains on latents: {facts.first_stage}" for facts in recipes
                if not facts.first_stage.startswith("none")]
     return "\n".join([table, "", "network: parameters; memory: of each training process, without activations", *latents,
-                      "", *(facts.command for facts in recipes)])
+                      "", *(output.fit_commands(facts.command) for facts in recipes)])

@@ -6,6 +6,7 @@ from typing import Any
 
 from jobs.publishing.consumers import find_consumers, find_exports_showing, find_samples_showing
 from jobs.publishing.whole_versions import find_replacement
+from jobs.telemetry.output import fit_commands
 from jobs.telemetry.units import format_count
 from pipeline import storage
 from pipeline.datasets.dataset import DEFAULT_VERSION, Dataset, datasets, refuse_unknown
@@ -271,8 +272,8 @@ def forget_text(report: dict[str, Any]) -> str:
     names = sorted({entry["dataset"].split("@")[0] for entry in report["found"]})
     lines.append("the shards keep their bytes until the next version; training leaves them out from its next start, "
                  "the weights of runs do not change")
-    lines += [f"  to remove the bytes: python -m jobs rebuild {name} --source SOURCE; then "
-              f"python -m jobs gc {name} --keep 1 --lease 0" for name in names]
+    lines += [fit_commands(f"  to remove the bytes: python -m jobs rebuild {name} --source SOURCE; then "
+                           f"python -m jobs gc {name} --keep 1 --lease 0") for name in names]
     return "\n".join(lines)
 
 
@@ -281,13 +282,13 @@ def _copies_text(report: dict[str, Any]) -> list[str]:
     lines = []
     if report["samples"]:
         lines.append(f"samples that show them beside the generated images: {', '.join(report['samples'])}")
-        lines.append(f"  to remove these: python -m jobs rm {' '.join(report['samples'])}")
+        lines.append(fit_commands(f"  to remove these: python -m jobs rm {' '.join(report['samples'])}"))
     for label in report["exports"]:
         folder = f"datasets/{label.replace('@', '/')}/clip-retrieval"
         lines.append(f"an export that has them: {folder}")
-        lines.append(f"  to make it again: python -m jobs rm {folder}; then "
-                     f"python -m jobs embed {label} --export clip-retrieval")
+        lines.append(fit_commands(f"  to make it again: python -m jobs rm {folder}; then "
+                                  f"python -m jobs embed {label} --export clip-retrieval"))
     if report["reports"]:
         lines.append(f"a report that may show them: {report['reports'][0]}")
-        lines.append("  to make it again: python -m jobs report")
+        lines.append(fit_commands("  to make it again: python -m jobs report"))
     return lines

@@ -74,8 +74,8 @@ class Rebuild:
                              f"publish at the same time\nhint: a store that obeys them (AWS S3, MinIO, R2), or a file "
                              f"system")
         if shard.duplicates != "keep":
-            raise ValueError("rebuild takes every image of the source: it cannot remove duplicates\n"
-                             "hint: shard with --duplicates, embed and index make a version by hand")
+            raise ValueError(f"a rebuild takes every image of the source, so it cannot remove duplicates: expected "
+                             f"shard.duplicates = keep, got {shard.duplicates}\nhint: --duplicates keep")
         with contextlib.ExitStack() as stack:
             scratch = stack.enter_context(scratch_folder("rebuild"))
             self.source = SourceDiff.read(shard, takedown_list.read_takedowns(root), str(scratch))
@@ -281,12 +281,12 @@ class Rebuild:
             for gate in results:
                 _log.info("gate %s%s", gate, "" if gate.passed else "  FAILED")
             if failed := [gate for gate in results if not gate.passed]:
-                storage.put_json([vars(gate) for gate in results],
+                storage.put_json([gate.document() for gate in results],
                                  storage.join(before.folder, dataset.version, "gates.json"))
                 kept = f"{before.version} stays published" if before.version else "nothing is published"
                 raise GatesFailed(f"rebuild: {dataset.name}@{dataset.version} is not published: "
                                   f"{'; '.join(map(str, failed))}: {kept}\nhint: check the source; if the version is "
-                                  f"right, raise the limits of the gates (--max-lost ...)")
+                                  f"right, {' and '.join(gate.cure for gate in failed)}")
             shards = dataset.manifest("shards")
             hidden = self._hide_forgotten(dataset)  # first: a version with a release must hide its rows
             data = release_files.write_release(dataset, {
@@ -294,7 +294,7 @@ class Rebuild:
                 "samples": shards["totals"]["samples"] - shards["info"].get("dead", 0),
                 "left_out": count_row_failures(shards["totals"]["skipped"]),
                 "recall@10": gates.recall(dataset), "encoder": dataset_encoder(dataset), "queries": texts,
-                "change": shards["info"]["change"], "gates": [vars(gate) for gate in results]})
+                "change": shards["info"]["change"], "gates": [gate.document() for gate in results]})
             if before.publish(dataset, data, number, **hidden):
                 return {"published": dataset.version, "gates": {gate.name: gate.value for gate in results}}
 

@@ -147,9 +147,12 @@ def _find_sample(known: dict[str, Dataset], first: Dataset, text: str) -> tuple[
 
 def matches_table(matches: Sequence[Match]) -> str:
     """The matches as a table for people."""
-    return tables.render([[f"{match.score:.3f}", match.database.label, match.sample.key, match.sample.name]
-                          for match in matches], head=("score", "database", "key", "name"), right={0},
-                         whole={1, 2})
+    files = [[lookup.file_name(match.sample.url)] if any(other.caption for other in matches) else []
+             for match in matches]  # without captions the name is the file name
+    rows = [[f"{match.score:.3f}", match.database.label, match.sample.key, match.sample.name, *file]
+            for match, file in zip(matches, files, strict=True)]
+    return tables.render(rows, head=("score", "database", "key", "name", "file")[:len(rows[0]) if rows else 4],
+                         right={0}, whole={1, 2})
 
 
 def save_sheet(matches: Sequence[Match], out: Path) -> None:

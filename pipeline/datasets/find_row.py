@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.lookup import file_name
 from pipeline.datasets.row_columns import SCORES, list_scores
 from pipeline.formats import parquet
 from pipeline.stages.types import is_ledger
@@ -55,6 +56,16 @@ def find_row(dataset: Dataset, text: str) -> DatasetRow | None:
             left_out = left_out or DatasetRow(dataset, number, record["id"], None, None, columns)
         offset += record["samples"]
     return left_out
+
+
+def names_of_file(dataset: Dataset, file: str) -> list[str]:
+    """The names in the source (column url) of the rows whose last part is `file`, sorted."""
+    found = set[str]()
+    for record in dataset.manifest("shards")["items"]:
+        path = dataset.fetch("shards", file_of(record, ".parquet"))
+        if "url" in pq.read_schema(path).names:
+            found |= {url for url in parquet.read(path, ["url"])["url"].to_pylist() if url and file_name(url) == file}
+    return sorted(found)
 
 
 def row_scores(row: DatasetRow) -> dict[str, dict[str, Any]]:

@@ -40,7 +40,12 @@ class Sample:
 
 def row_name(caption: str, url: str, row: int) -> str:
     """The caption of a row, else its file name, else its number."""
-    return caption or unquote(url.rstrip("/").rpartition("/")[2]) or f"row {row}"
+    return caption or file_name(url) or f"row {row}"
+
+
+def file_name(url: str) -> str:
+    """The last part of a path or URL, as people write it."""
+    return unquote(url.rstrip("/").rpartition("/")[2])
 
 
 def samples(dataset: Dataset, rows: Sequence[int]) -> list[Sample]:

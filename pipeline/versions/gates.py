@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,12 @@ class Gate:
     value: Any
     limit: str
     passed: bool
+    cure: str = field(default="", compare=False)
+    """What lets a version pass that fails only this gate: a flag, and how to change it."""
+
+    def document(self) -> dict[str, Any]:
+        """The gate as gates.json and release.json have it."""
+        return {name: value for name, value in vars(self).items() if name != "cure"}
 
     def __str__(self) -> str:
         value = f"{self.value:.4f}" if isinstance(self.value, float) else self.value
@@ -80,7 +86,8 @@ def measure_gates(dataset: Dataset, before: Dataset | None, texts: Sequence[str]
     gates.append(_encoder(encoder, pinned, others))
     if before and not others and texts and dataset_encoder(before) == encoder:
         value = measure_overlap(dataset, before, texts, clip_config)
-        gates.append(Gate("overlap@10", value, f"at least {config.min_overlap}", value >= config.min_overlap))
+        gates.append(Gate("overlap@10", value, f"at least {config.min_overlap}", value >= config.min_overlap,
+                          "lower --min-overlap"))
     elif before and not texts:
         gates.append(Gate("overlap@10", "not measured: there are no captions and no --queries", "", True))
     return gates
@@ -98,14 +105,14 @@ def _encoder(encoder: dict[str, Any], pinned: dict[str, dict[str, Any]], others:
     if more := len(consumers[_NAMED_CONSUMERS:]):
         named += f" and {more} more"
     value = f"another than that of {', '.join(others)}" if others else name
-    return Gate("encoder", value, f"that of {named}", not others)
+    return Gate("encoder", value, f"that of {named}", not others, "add --allow-encoder")
 
 
 def _recall(dataset: Dataset, config: GatesConfig) -> Gate:
     value = recall(dataset)
     if value is None:
         return Gate("recall@10", "not measured: too few images", "", True)
-    return Gate("recall@10", value, f"at least {config.min_recall}", value >= config.min_recall)
+    return Gate("recall@10", value, f"at least {config.min_recall}", value >= config.min_recall, "lower --min-recall")
 
 
 def recall(dataset: Dataset) -> float | None:
@@ -116,7 +123,7 @@ def recall(dataset: Dataset) -> float | None:
 def _failed(listing: pa.Table, config: GatesConfig) -> Gate:
     good = pc.is_in(listing["status"], value_set=pa.array([SUCCESS, FORGOTTEN], pa.large_string()))
     value = (listing.num_rows - _count(good)) / max(listing.num_rows, 1)
-    return Gate("failed", value, f"at most {config.max_failed}", value <= config.max_failed)
+    return Gate("failed", value, f"at most {config.max_failed}", value <= config.max_failed, "raise --max-failed")
 
 
 def _lost(listing: pa.Table, before: Dataset, forgotten: Forgotten, config: GatesConfig) -> Gate:
@@ -127,13 +134,13 @@ def _lost(listing: pa.Table, before: Dataset, forgotten: Forgotten, config: Gate
     wanted = old["sha256"].filter(pa.array(~forgotten.mask(old.rename_columns(["url", "sha256", "status"]))))
     lost = len(wanted) - _count(pc.is_in(wanted, value_set=now))
     value = lost / max(len(wanted), 1)
-    return Gate("lost", value, f"at most {config.max_lost}", value <= config.max_lost)
+    return Gate("lost", value, f"at most {config.max_lost}", value <= config.max_lost, "raise --max-lost")
 
 
 def _licenses(dataset: Dataset, licenses: str) -> Gate:
     others = count_other_licenses(dataset, Licenses(licenses))
     named = ", ".join(f"{count} {name or 'unknown'}" for name, count in others.most_common())
-    return Gate("other licenses", named or 0, f"none but {licenses}", not others)
+    return Gate("other licenses", named or 0, f"none but {licenses}", not others, "change --only-licenses")
 
 
 def count_other_licenses(dataset: Dataset, licenses: Licenses) -> Counter[str]:
@@ -156,7 +163,8 @@ def _share(dataset: Dataset, config: GatesConfig) -> Gate:
     """The share of rows that the row filter of the gate is true for, of those that are not hidden."""
     mask = np.delete(RowSelection(dataset, config.gate_where).mask(), read_hidden_rows(dataset))
     value = float(mask.mean()) if len(mask) else 0.0
-    return Gate(f"share where {config.gate_where}", value, f"at least {config.min_share}", value >= config.min_share)
+    return Gate(f"share where {config.gate_where}", value, f"at least {config.min_share}", value >= config.min_share,
+                "lower --min-share")
 
 
 def _count(truths: pa.ChunkedArray) -> int:

@@ -183,11 +183,19 @@ def test_completion_works_in_shells(shell: str, script: str, tmp_path: Path) -> 
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\ncd "{ROOT}" && exec "{sys.executable}" -m jobs "$@"\n')
     program.chmod(0o755)
-    for words, expected in ((["sha"], ["shard"]), (["shard", "--sou"], ["--source", "--sources"])):
+    for words, expected in ((["sha"], ["shard"]), (["shard", "--sou"], ["--source", "--sources"]),
+                            (["train", "--recipe", "emo"], ["emoji_32", "emoji_64"])):
         filled = script.format(words=" ".join(words), last=len(words), line=" ".join(words))
         done = subprocess.run([shell, "-c", filled], capture_output=True, text=True,
                               env={"PATH": f"{program.parent}:/usr/local/bin:/usr/bin:/bin", "HOME": str(tmp_path)})
         assert done.stdout.split() == expected, done.stderr
+    if shell == "bash":  # it completes files itself where there are no words at all, not even an empty one
+        script = script.replace('"%s\\n" "${{COMPREPLY[@]}}"', '"%s" "${{#COMPREPLY[@]}}"')
+        words = ["style", "mine", "--source", str(tmp_path)]
+        done = subprocess.run([shell, "-c", script.format(words=" ".join(words), last=len(words))], text=True,
+                              capture_output=True,
+                              env={"PATH": f"{program.parent}:/usr/bin:/bin", "HOME": str(tmp_path)})
+        assert done.stdout == "0", done.stderr
 
 
 @pytest.mark.parametrize(("verb", "hint", "expected"), [
@@ -198,3 +206,21 @@ def test_completion_works_in_shells(shell: str, script: str, tmp_path: Path) -> 
     ("status", "--pretrained FILE", "--pretrained FILE"), ("fly", "--a b", "--a b")])
 def test_hints_spell_flags_as_the_verb_has_them(verb: str, hint: str, expected: str) -> None:
     assert help_pages.fit_flags(f"wrong\nhint: {hint}", verb) == f"wrong\nhint: {expected}"
+
+
+@pytest.mark.parametrize(("words", "hint", "expected"), [
+    ("train little --dataset mine --recipe emo --steps 30",
+     "give the run another name; or replace this one: python -m jobs train little --dataset mine@v5 --database "
+     "mine@v5 --root data --overwrite",
+     "give the run another name; or replace this one: python -m jobs train little --dataset mine --recipe emo "
+     "--steps 30 --overwrite"),
+    ("shard mine --source 'a b' --image-size 64",
+     "python -m jobs shard mine --source 'a b' --overwrite, once no other command works here",
+     "python -m jobs shard mine --source 'a b' --image-size 64 --overwrite, once no other command works here"),
+    ("index mine@v2 --extend mine", "train it again: python -m jobs index mine@v2 --overwrite",
+     "train it again: python -m jobs index mine@v2 --overwrite"),  # without --extend
+    ("pipeline mine --train emo", "python -m jobs train emo --dataset mine --overwrite",
+     "python -m jobs train emo --dataset mine --overwrite"),
+    ("train other", "python -m jobs train little --overwrite", "python -m jobs train little --overwrite")])
+def test_a_hint_to_replace_a_folder_keeps_what_the_user_typed(words: str, hint: str, expected: str) -> None:
+    assert help_pages.repeat_command(f"wrong\nhint: {hint}", shlex.split(words)) == f"wrong\nhint: {expected}"

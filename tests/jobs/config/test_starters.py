@@ -7,6 +7,8 @@ import tomllib
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli.help import is_used
@@ -17,8 +19,10 @@ from jobs.config.recipes import RECIPES
 from jobs.config.settings import Settings
 from jobs.config.starters import STARTERS
 from jobs.config.toml import resolve_settings
+from tests.pipeline import synthetic
 
 _WITH_SETTINGS = [verb for verb in VERBS if is_used(verb, CommonOptions, "config")]
+_READ_OTHER_STAGES = {"latents", "train", "sample"}
 
 
 @pytest.fixture(params=STARTERS)
@@ -41,7 +45,8 @@ def test_a_starter_file_sets_the_values_that_it_shows(file: Path) -> None:
             part, inner = part[name], getattr(inner, name)
         assert part == value and inner == value, path
     recipe = RECIPES[starter.recipe]()
-    assert asdict(settings) != asdict(recipe)
+    # The recipe of a style has the values of its purpose already.
+    assert (asdict(settings) == asdict(recipe)) is (starter == STARTERS["style"])
     others = [name for name in Settings.__dataclass_fields__ if name not in starter.sections]
     assert replace(settings, **{name: getattr(recipe, name) for name in starter.sections}) == recipe, others
 
@@ -70,6 +75,23 @@ def test_the_commands_of_a_file_can_be_parsed(file: Path) -> None:
     assert commands
     for command in commands:
         parse_command(shlex.split(command))
+
+
+def test_the_commands_of_a_file_accept_it_as_it_is(
+        file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    """Only the encoder is replaced, for its weights would be downloaded, and the number of GPUs of this machine."""
+    source = synthetic.drawings(tmp_path / "source", subjects=2, styles=("flat",))
+    urls = tmp_path / "list.parquet"
+    pq.write_table(pa.table({"url": ["https://example.org/1.jpg"], "caption": ["a tree"]}), urls)
+    here = {"FOLDER": str(source), "s3://lists/*.parquet": str(urls)}
+    for command in re.findall(r"^#   python -m jobs (.*)$", file.read_text(), re.MULTILINE):
+        words = [here.get(word, "mine" if word == "NAME" else word) for word in shlex.split(command)]
+        if words[0] in _READ_OTHER_STAGES:  # the commands before them make what they read
+            continue
+        words += ["--root", str(tmp_path / "root"), "--dry-run"]
+        if words[0] in {"pipeline", "rebuild"}:
+            words += ["--embed.model", "tiny-clip-64", "--embed.pretrained", "bundled", "--gpus", "0"]
+        assert main(words) == 0, f"{words}: {caplog.text}{capsys.readouterr().err}"
 
 
 def test_no_file_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -176,6 +176,19 @@ def test_ambiguous_and_unknown_keys_are_refused(root: str) -> None:
         show_row(root, key, "flta")
 
 
+def test_a_row_is_found_by_the_last_part_of_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, own = tmp_path / "source", str(tmp_path / "root")
+    for name in ("a/apple 15.png", "a/pear.png", "b/pear.png"):
+        (source / name).parent.mkdir(exist_ok=True, parents=True)
+        synthetic.noise(32, 32, len(name)).save(source / name)
+    assert main(["shard", "mine", "--source", str(source), "--image-size", "32", "--local", "--root", own]) == 0
+    capsys.readouterr()
+    assert show_row(own, "mine/apple 15.png") == show_row(own, "a/apple 15.png")
+    with pytest.raises(ValueError, match=r"2 rows have the file name pear\.png: mine/a/pear\.png, mine/b/pear\.png\n"
+                                         r"hint: python -m jobs show mine/a/pear\.png"):
+        show_row(own, "pear.png")
+
+
 def test_the_table_of_files_has_the_first_ones_of_a_stage(root: str) -> None:
     stage = list_stages(root, "datasets/drawn/v1/shards")[0]
     stage["files"] = [{"name": f"{number}.tar", "bytes": 1} for number in range(12)]

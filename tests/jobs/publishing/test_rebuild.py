@@ -18,6 +18,7 @@ from jobs.cli.main import main
 from jobs.inspection import watch
 from jobs.inspection.contents import contents_table, list_contents
 from jobs.inspection.status import read_status, status_table
+from jobs.planning import rates, rates_from_manifests
 from jobs.publishing.rebuild import GatesFailed, run_rebuild
 from jobs.publishing.releases import list_versions, versions_table
 from jobs.report.report import write_report
@@ -179,6 +180,7 @@ def test_a_version_with_half_noise_is_not_published(place: Path, capsys: pytest.
     message = capsys.readouterr().err
     assert "v1 stays published" in message and "overlap@10: 0." in message
     assert "at least 0.7" in message and "lost: 0.5" in message
+    assert "if the version is right, raise --max-lost and lower --min-overlap" in message
     assert Published.load(str(place / "root"), NAME) == before
     gates = [version.get("failed_gates") for version in list_versions(str(place / "root"), NAME)]
     assert gates == [None, ["lost", "overlap@10"]]
@@ -365,3 +367,10 @@ def test_vectors_of_captions_can_be_added_to_an_unchanged_source(place: Path) ->
     assert rebuild(place / "root", place / "source", embed_captions=True)["published"] == "v2"
     assert published_dataset(place / "root").is_sealed("text_embeddings")
     assert rebuild(place / "root", place / "source", embed_captions=True)["unchanged"]
+
+
+def test_a_version_that_reuses_another_does_not_change_the_rates_of_plan(first: Path, two_versions: Path):
+    manifest = published_dataset(two_versions / "root").manifest("index")
+    assert manifest["info"]["extends"] == NAME and "train_points" not in manifest["section"]
+    whole, both = (rates_from_manifests.rates(str(place / "root"), rates.built_in()) for place in (first, two_versions))
+    assert replace(both, machine=whole.machine) == whole and whole.index != rates.built_in().index

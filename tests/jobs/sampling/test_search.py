@@ -70,7 +70,7 @@ def test_a_sheet_shows_the_images(databases: list[Dataset], tmp_path: Path, caps
     root = databases[0].root
     assert main(["search", "flat", "a red square", "--count", "6", "--sheet", str(out), "--root", root]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0].split() == ["score", "database", "key", "name"] and len(shown) == 7
+    assert shown[0].split() == ["score", "database", "key", "name", "file"] and len(shown) == 7
     with Image.open(out) as sheet:
         assert sheet.width > 5 * 128 and sheet.height > 2 * 128
 
