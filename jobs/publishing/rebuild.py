@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from jobs.publishing.config import RebuildConfig
 from jobs.publishing.consumers import list_consumer_encoders
@@ -44,7 +43,8 @@ from pipeline.takedowns.hidden_rows import Tombstones
 from pipeline.versions import gates
 from pipeline.versions.compare_files import Compare
 from pipeline.versions.gates import Gate
-from pipeline.versions.listing import DEAD, LISTING_SCHEMA, read_listing, wide
+from pipeline.versions.listing import DEAD
+from pipeline.versions.retry_formats import read_last_listing
 from pipeline.versions.reuse_embeddings import Reuse, ReuseCaptions
 from pipeline.versions.source_diff import Hashes, SourceDiff
 from pipeline.versions.update_shards import Update
@@ -127,13 +127,10 @@ class Rebuild:
 
     def forecast(self) -> dict[str, Any]:
         """Estimate a rebuild from the names, sizes and times of the source. Writes nothing."""
-        before = self._last_listing()
+        before = read_last_listing(self.last)
         diff = self.source.against(before, Hashes.none())
         return {"dataset": self.name, "published": self.before.version or None,
                 **{name: diff.counts[name] for name in _COUNTS}, "to_be_read": len(self.source.suspects(before))}
-
-    def _last_listing(self) -> pa.Table:
-        return read_listing(self.last) if self.last else wide(LISTING_SCHEMA).empty_table()
 
     def claim(self) -> tuple[Dataset, bool]:
         """The version to make, begun for this source or the next free number, and whether it was published before."""
@@ -198,7 +195,7 @@ class Rebuild:
 
     def compare(self, dataset: Dataset, seal: Seal) -> SourceDiff:
         """Compare the source with the last version. Reads the files whose size, time or ETag changed."""
-        before = self._last_listing()
+        before = read_last_listing(self.last)
         suspects = self.source.suspects(before)
         if self.config.thorough and before.num_rows and self.source.source.fetch == "file":
             suspects = np.arange(self.source.count)

@@ -1,6 +1,7 @@
 """Decode any image to upright 8-bit RGB. Each fault has a reason code."""
 
 import contextlib
+import importlib.util
 import io
 import math
 import warnings
@@ -25,6 +26,9 @@ _FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", 
                                    "TGA") if name in Image.OPEN)  # the last tells hardly anything apart
 _PNG_END = b"IEND\xaeB`\x82"
 _EXTRA_FORMATS = {"HEIF": ("HEIC", "pi-heif"), "JXL": ("JPEG XL", "pillow-jxl-plugin")}
+_EXTRA_MODULES = {"HEIF": "pi_heif", "JXL": "pillow_jxl"}
+NEEDS_FORMATS_EXTRA = "needs_formats_extra"
+"""The reason of an image whose decoder is not installed."""
 _JPEG_FORMATS = {"JPEG", "MPO"}
 _TRANSPOSE = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
               5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -79,6 +83,15 @@ def register_extra_formats() -> None:
         JpegXLImagePlugin.DECODE_THREADS = 0  # threads count against the limit of memory
 
 
+def installed_formats() -> list[str]:
+    """The details of failures with the reason needs_formats_extra whose packages are installed now."""
+    return [_missing_package(extra) for extra, module in _EXTRA_MODULES.items() if importlib.util.find_spec(module)]
+
+
+def _missing_package(extra: str) -> str:
+    return "{}; pip install {}".format(*_EXTRA_FORMATS[extra])
+
+
 def read_size(data: bytes) -> tuple[int, int]:
     """Width and height as the header of an image says. BadImage as `decode`."""
     if image_headers.is_suspicious(data):
@@ -124,8 +137,7 @@ def _open(data: bytes) -> Image.Image:
         if extra in Image.OPEN:
             raise BadImage("corrupt", f"a damaged {_EXTRA_FORMATS[extra][0]}") from None
         if extra:
-            name, package = _EXTRA_FORMATS[extra]
-            raise BadImage("needs_formats_extra", f"{name}; pip install {package}") from None
+            raise BadImage(NEEDS_FORMATS_EXTRA, _missing_package(extra)) from None
         raise BadImage("not_a_picture", f"{len(data)} bytes that no decoder knows") from None
     except Image.DecompressionBombError as error:
         raise BadImage("too_many_pixels", str(error)) from None

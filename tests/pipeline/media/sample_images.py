@@ -1,12 +1,16 @@
 """Images and color profiles for tests, byte by byte."""
 
+import contextlib
 import struct
+import subprocess
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from pipeline.media import isolation
 from pipeline.media.decode import decode
 from pipeline.media.types import BadImage
 
@@ -83,3 +87,22 @@ def reason(data: bytes, max_pixels: int = 10_000_000) -> str:
     with pytest.raises(BadImage) as caught:
         decode(data, max_pixels)
     return caught.value.reason
+
+
+def jxl_header(width: int, height: int) -> bytes:
+    """A JPEG XL that ends after its size (SizeHeader: not small, 30 bits a side, no ratio)."""
+    bits = 0 | 3 << 1 | (height - 1) << 3 | 0 << 33 | 3 << 36 | (width - 1) << 38
+    return b"\xff\n" + bits.to_bytes(12, "little") + bytes(20)
+
+
+@contextlib.contextmanager
+def without_extra_formats() -> Iterator[None]:
+    """Decode in processes that have neither pi-heif nor pillow-jxl-plugin."""
+    program = ("import sys; sys.modules['pi_heif'] = sys.modules['pillow_jxl'] = None; "
+               "from pipeline.media import decode, isolation; decode.register_extra_formats(); isolation.serve()")
+    with pytest.MonkeyPatch.context() as patch:
+        run = subprocess.Popen
+        patch.setattr(subprocess, "Popen", lambda command, **options: run([*command[:-1], program], **options))
+        isolation._close()
+        yield
+        isolation._close()

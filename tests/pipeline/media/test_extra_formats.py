@@ -2,7 +2,6 @@
 
 import io
 import struct
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 from pipeline.media import image_headers, isolation
 from pipeline.media.decode import decode, read_size
 from pipeline.media.types import BadImage
-from tests.pipeline.media.sample_images import photo, psnr, reason
+from tests.pipeline.media.sample_images import jxl_header, photo, psnr, reason, without_extra_formats
 from tests.pipeline.shards.test_shard import ledger, shard_source
 from tests.pipeline.synthetic import encoded
 
@@ -30,12 +29,6 @@ def jpeg_xl():
     def encode(image: Image.Image, **options) -> bytes:
         return encoded(image, "JXL", **options)
     return encode
-
-
-def jxl_header(width: int, height: int) -> bytes:
-    """A JPEG XL that ends after its size (SizeHeader: not small, 30 bits a side, no ratio)."""
-    bits = 0 | 3 << 1 | (height - 1) << 3 | 0 << 33 | 3 << 36 | (width - 1) << 38
-    return b"\xff\n" + bits.to_bytes(12, "little") + bytes(20)
 
 
 def test_heic_is_decoded():
@@ -105,14 +98,8 @@ def test_without_the_extra_the_reason_names_it(tmp_path):
     (tmp_path / "source/a.heic").write_bytes(HEIC)
     (tmp_path / "source/b.jxl").write_bytes(jxl_header(96, 64))
     (tmp_path / "source/c.png").write_bytes(encoded(SHAPES, "PNG"))
-    program = ("import sys; sys.modules['pi_heif'] = sys.modules['pillow_jxl'] = None; "
-               "from pipeline.media import decode, isolation; decode.register_extra_formats(); isolation.serve()")
-    with pytest.MonkeyPatch.context() as patch:
-        run = subprocess.Popen
-        patch.setattr(subprocess, "Popen", lambda command, **options: run([*command[:-1], program], **options))
-        isolation._close()
+    with without_extra_formats():
         dataset, manifest = shard_source(tmp_path / "root", tmp_path / "source")
-        isolation._close()
     assert manifest["totals"]["skipped"] == {"needs_formats_extra": 2} and manifest["totals"]["samples"] == 1
     details = {line["key"]: line["detail"] for line in ledger(dataset, manifest) if not line["kept"]}
     assert details == {"a.heic": "HEIC; pip install pi-heif", "b.jxl": "JPEG XL; pip install pillow-jxl-plugin"}
