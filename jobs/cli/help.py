@@ -201,11 +201,10 @@ def repeat_command(text: str, arguments: Sequence[str]) -> str:
     Code below the command line knows the name of a stage and its inputs, and none of the settings that were typed.
     """
     message, mark, hint = text.partition("\nhint: ")
-    verb, *words = arguments
     typed = shlex.join(["python", "-m", "jobs", *(word for word in arguments if word != "--overwrite")])
 
     def repeat(match: re.Match[str]) -> str:
-        return f"{typed} --overwrite" if match["verb"] == verb and match["target"] in words else match[0]
+        return f"{typed} --overwrite" if [match["verb"], match["target"]] == list(arguments[:2]) else match[0]
 
     return message + mark + _REPLACING.sub(repeat, hint)
 

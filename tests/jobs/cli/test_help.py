@@ -219,6 +219,7 @@ def test_hints_spell_flags_as_the_verb_has_them(verb: str, hint: str, expected: 
      "python -m jobs shard mine --source 'a b' --image-size 64 --overwrite, once no other command works here"),
     ("index mine@v2 --extend mine", "train it again: python -m jobs index mine@v2 --overwrite",
      "train it again: python -m jobs index mine@v2 --overwrite"),  # without --extend
+    ("index mine@v2 --extend mine", "python -m jobs index mine --overwrite", "python -m jobs index mine --overwrite"),
     ("pipeline mine --train emo", "python -m jobs train emo --dataset mine --overwrite",
      "python -m jobs train emo --dataset mine --overwrite"),
     ("train other", "python -m jobs train little --overwrite", "python -m jobs train little --overwrite")])
