@@ -12,7 +12,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 FOLDER=$(mkdir -p "${1:-$HERE/data/local}" && cd "${1:-$HERE/data/local}" && pwd)
 BIN=$HERE/.venv/bin
-export PORT=${PORT:-6399} DASHBOARD_PORT=${DASHBOARD_PORT:-8299} AGENT_PORT=${AGENT_PORT:-52465} RDM_STATE=$FOLDER/cluster
+export PORT=${PORT:-6399} DASHBOARD_PORT=${DASHBOARD_PORT:-8299} RDM_STATE=$FOLDER/cluster
 S3_PORT=${S3_PORT:-5599} PROMETHEUS_PORT=${PROMETHEUS_PORT:-9599} EXPORTER_PORT=${EXPORTER_PORT:-9598}
 export AWS_ENDPOINT_URL=http://127.0.0.1:$S3_PORT AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local
 export AWS_DEFAULT_REGION=us-east-1 RDM_CACHE=$FOLDER/cache WANDB_MODE=disabled PYTHONPATH=$HERE
@@ -35,7 +35,7 @@ eval "$cluster"
 if command -v prometheus >/dev/null && [ -f infra/prometheus/prometheus.yaml ]; then
   "$BIN/python" -m jobs status --root s3://local/rdm --serve "$EXPORTER_PORT" >"$FOLDER/exporter.log" 2>&1 &
   pids+=($!)
-  sed "s|/tmp/ray/|/tmp/rdm-ray-$(id -u)-$PORT/|; s|127.0.0.1:9108|127.0.0.1:$EXPORTER_PORT|" infra/prometheus/prometheus.yaml \
+  sed "s|/tmp/ray/|/tmp/rdm-ray-$(id -u)-$PORT/head/|; s|127.0.0.1:9108|127.0.0.1:$EXPORTER_PORT|" infra/prometheus/prometheus.yaml \
     >"$FOLDER/prometheus.yaml"
   cp infra/prometheus/rules.yaml "$FOLDER/"
   export RDM_PROMETHEUS=http://127.0.0.1:$PROMETHEUS_PORT

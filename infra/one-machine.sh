@@ -7,10 +7,10 @@
 #
 # `up 3` makes three workers that share the cores, to try the loss of one. The dashboard listens on 127.0.0.1. Ray's other
 # ports listen on all interfaces of this machine, and need the token.
-# PORT, DASHBOARD_PORT and AGENT_PORT set the ports. RDM_STATE has the token, logs and process ids.
+# PORT and DASHBOARD_PORT set these ports, the others are free ones. RDM_STATE has the token, logs and process ids.
 set -euo pipefail
 
-PORT=${PORT:-6379} DASHBOARD_PORT=${DASHBOARD_PORT:-8265} AGENT_PORT=${AGENT_PORT:-52365}
+PORT=${PORT:-6379} DASHBOARD_PORT=${DASHBOARD_PORT:-8265}
 STATE=${RDM_STATE:-$HOME/.local/state/rdm/$PORT}
 RAY_FOLDER=/tmp/rdm-ray-$(id -u)-$PORT  # paths of sockets must be short; of its own, or jobs would find another cluster
 HERE=$(cd "$(dirname "$0")" && pwd)
@@ -57,17 +57,35 @@ check_shared_memory() {
     "$wanted" "$left" "hint: in a container, docker run --shm-size=8g" >&2
 }
 
+# A port that the system chooses. With Ray's own choice (52365 for an agent) two clusters collide, and the second one starts,
+# but takes no jobs.
+free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+
+check_ports() {
+  local port
+  for port in "$PORT" "$DASHBOARD_PORT"; do
+    (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null || continue
+    printf 'error: port %s of this machine is in use, perhaps by another Ray\nhint: %s\n' "$port" \
+      "PORT=$(free_port) DASHBOARD_PORT=$(free_port) infra/one-machine.sh up; down needs the same PORT" >&2
+    exit 1
+  done
+}
+
+# Each node has its own folder. In a common one the worker would replace the code of a job under its running driver, as
+# both call the folder of that code by the same name.
 start() {
   local name=$1
   shift
   : >"$STATE/$name.log"
   nohup ray start "$@" --block --node-ip-address=127.0.0.1 --min-worker-port=0 --max-worker-port=0 \
-    --object-store-memory=$STORE --disable-usage-stats >"$STATE/$name.log" 2>&1 </dev/null &
+    --dashboard-agent-listen-port="$(free_port)" --temp-dir="$RAY_FOLDER/$name" --object-store-memory=$STORE \
+    --disable-usage-stats >"$STATE/$name.log" 2>&1 </dev/null &
   echo $! >"$STATE/$name.pid"
 }
 
 up() {
   local workers=${1:-1} cores
+  alive head || check_ports
   check_shared_memory "$workers"
   mkdir -p "$STATE" "$RAY_FOLDER"
   # Every user can create names in /tmp, also this one.
@@ -80,9 +98,8 @@ up() {
   cores=$(nproc)
   # At least four logical cores: with fewer, workers, their driver and Ray itself starve each other on small machines.
   cores=$(((cores > 4 ? cores : 4) / workers))
-  node head --head --num-cpus=0 --num-gpus=0 --port="$PORT" --temp-dir="$RAY_FOLDER" --dashboard-host=127.0.0.1 \
-    --dashboard-port="$DASHBOARD_PORT" --dashboard-agent-listen-port="$AGENT_PORT" \
-    --ray-client-server-port=$((AGENT_PORT + 100))
+  node head --head --num-cpus=0 --num-gpus=0 --port="$PORT" --dashboard-host=127.0.0.1 \
+    --dashboard-port="$DASHBOARD_PORT" --ray-client-server-port="$(free_port)"
   until python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$DASHBOARD_PORT/api/gcs_healthz')" 2>/dev/null; do
     alive head || { tail -n 5 "$STATE/head.log" >&2 && exit 1; }
     wait_for "the dashboard"
@@ -93,8 +110,7 @@ up() {
   for number in $(seq "$workers"); do
     local more=("${gpus[@]}")
     [ "$number" = 1 ] || more=(--num-gpus=0)
-    node "worker-$number" --address="127.0.0.1:$PORT" --num-cpus=$((cores > 1 ? cores : 1)) \
-      --dashboard-agent-listen-port=$((AGENT_PORT + number)) "${more[@]}"
+    node "worker-$number" --address="127.0.0.1:$PORT" --num-cpus=$((cores > 1 ? cores : 1)) "${more[@]}"
   done
   say "ready after $SECONDS s: $workers worker(s), dashboard http://127.0.0.1:$DASHBOARD_PORT"
   echo "export RAY_ADDRESS=127.0.0.1:$PORT RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD_PORT"

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and _unheard():
             return 0
         full = storage.disk_full_message(error)
-        text = full or storage.denial_message(error) or _text(error)
+        text = full or storage.denial_message(error) or storage.lost_folder_message(error) or _text(error)
         if "hint:" not in text and (sentence := devices.failure_hint(error)):
             text = f"{text.splitlines()[0]}\n{sentence}"
         if "hint:" not in text:

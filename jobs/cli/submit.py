@@ -23,7 +23,8 @@ import tyro
 
 from jobs.cli.options import STOPPED, Words
 from jobs.cli.parse import ABOUT_ALL_VERSIONS, check_names, parse_command
-from jobs.telemetry import heartbeat, output
+from jobs.cluster.job_server import connect_job_server, raise_refusal
+from jobs.telemetry import heartbeat, logs, output
 from pipeline import storage
 from pipeline.releases.signatures import RELEASE_KEY, public_text, read_release_keys, refuse_key_text
 
@@ -39,8 +40,6 @@ _SECRET = re.compile("KEY|SECRET|TOKEN|PASS|PWD|CREDENTIAL|JWT|BEARER|COOKIE|SIG
 _STOP_S = 60  # grace period of a stopped driver; the 3 s of Ray are too short for a checkpoint
 _PATIENCE_S = 300.0  # for a job server that does not answer
 _SETTINGS = "settings.toml"
-_TALKATIVE = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk",
-              "ray._private.runtime_env.packaging")
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ def run_submission(submission: Submission, options: SubmitOptions) -> int:
         output.print_json({"name": submission.name, "entrypoint": _entrypoint(submission), "metadata": submission.about,
                            "env_vars": submission.variables, "sends": _sent(submission, options)}, indent=1)
         return 0
-    client = _client(options.address)
+    client = connect_job_server(options.address)
     number, info = _newest(client, submission)
     if info is not None and not info.status.is_terminal():
         _log.info("submit: %s-a%d runs already: %s", submission.name, number, _without_key(info.entrypoint))
@@ -204,8 +203,12 @@ def run_submission(submission: Submission, options: SubmitOptions) -> int:
         _say(f"{submission.name}-a{number}", number, _newest(client, submission)[1])
         return 0
     for retries_left in reversed(range(options.retries + 1)):
-        with heartbeat.doing("submit: waiting for the job"):
-            info = _follow(client, submission, number)
+        try:
+            with heartbeat.doing("submit: waiting for the job"):
+                info = _follow(client, submission, number)
+        except KeyboardInterrupt:
+            _log_left(f"{submission.name}-a{number}", options)
+            return STOPPED
         code = exit_code(info)
         # A retry does not help after invalid usage (2), and a user stopped a job that is STOPPED.
         if code in {0, 2} or str(info and info.status) == "STOPPED" or not retries_left:
@@ -215,6 +218,15 @@ def run_submission(submission: Submission, options: SubmitOptions) -> int:
         number = _start(client, submission, options, number + 1)
     _say(f"{submission.name}-a{number}", number, info, code)
     return code
+
+
+def _log_left(name: str, options: SubmitOptions) -> None:
+    """Log that the command stopped, and its job did not."""
+    retries = ", without further retries" if options.retries else ""
+    address = f"--address {options.address} " if options.address else ""
+    logs.log_exit(f"stopped waiting; the job {name} continues on the cluster{retries}\n"
+                  f"hint: the same command shows its log again; `ray job stop {address}{name}` stops it",
+                  logging.WARNING, exit=STOPPED)
 
 
 def exit_code(info: Any) -> int:
@@ -247,7 +259,7 @@ def _start(client: Any, submission: Submission, options: SubmitOptions, number: 
             _log.info("submit: %s-a%d: %s", submission.name, number, _without_key(_entrypoint(submission)))
         except RuntimeError as error:
             if "already exists" not in str(error):
-                raise OSError(f"the cluster refused the job: {storage.first_line(error)}") from None
+                raise_refusal(error)
             _log.info("submit: another command has submitted %s-a%d", submission.name, number)
     return number
 
@@ -290,26 +302,6 @@ async def _tail(client: Any, name: str, shown: int) -> int:
 def _write_log(text: str) -> None:
     sys.stderr.write(output.plain_log(text))
     sys.stderr.flush()
-
-
-def _client(address: str) -> Any:
-    """The client of a job server; ValueError if it does not answer or rejects the token."""
-    from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if address:
-        os.environ["RAY_API_SERVER_ADDRESS"] = address  # the environment would override an argument
-    place = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
-    try:
-        return JobSubmissionClient(place)
-    except AuthenticationError:
-        raise ValueError(f"the cluster at {place} rejected the token\n"
-                         f"hint: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE, or RAY_AUTH_TOKEN") from None
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"no job server answers at {place}: {storage.first_line(error)}\n"
-                         f"hint: --address http://HEAD:8265, or a tunnel to it (docs/guides/operate/kubernetes.md)"
-                         ) from None
 
 
 def _jobs(client: Any, submission: Submission) -> dict[int, Any]:

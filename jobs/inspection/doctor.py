@@ -166,7 +166,9 @@ def check_ray() -> Diagnosis:
     if not code:
         return Diagnosis("Ray", "ok", f"{where}: {_last_line(text)}")
     cure = ("unset RAY_ADDRESS to use one on this machine, or --local for none" if address
-            else "--local runs without Ray; rm -r /tmp/ray removes what earlier ones left")
+            else "--local runs without Ray")
+    if code == _TOO_SLOW:
+        cure = f"run it again when the machine is less busy; {cure}"
     return Diagnosis("Ray", _failure(code), _last_line(text), cure)
 
 

@@ -14,6 +14,7 @@ from pipeline import storage
 from pipeline.embeddings.clip_weights import (
     BUNDLED,
     BUNDLED_MODEL,
+    INSTALL_AGAIN,
     OWN_WEIGHTS_SCHEMES,
     RANDOM,
     ClipConfig,
@@ -135,8 +136,8 @@ def open_clip_transform(wanted: dict[str, Any]) -> Callable[[Image.Image], "torc
 def load_encoder(config: ClipConfig, compiled: bool = False) -> Encoder:
     """The encoder of `config` on the device of this process; kept in this process.
 
-    ValueError where open_clip knows no such model, or the weights do not fit it. DeviceUnavailable where the device
-    cannot be used.
+    ValueError where open_clip knows no such model, or the weights do not fit it. OSError where a file cannot be read.
+    DeviceUnavailable where the device cannot be used.
     """
     return load_encoder_on(config, compiled, devices.choose_device())
 
@@ -151,8 +152,8 @@ def load_encoder_on(config: ClipConfig, compiled: bool, device: "torch.device") 
     precision = config.precision if config.precision != "auto" else fastest_precision(device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     own = config.model.startswith(OWN_WEIGHTS_SCHEMES) or config.pretrained == RANDOM
+    weights = None if own else weights_path(config)
     try:
-        weights = None if own else weights_path(config)
         # open_clip keeps in full precision what has to stay so (norms).
         model, _, prepare = open_clip.create_model_and_transforms(
             check_model(config), pretrained=weights, device=device, precision=precision,
@@ -161,9 +162,15 @@ def load_encoder_on(config: ClipConfig, compiled: bool, device: "torch.device") 
         if devices.failure_kind(error) != "none":
             raise devices.DeviceUnavailable(f"the encoder {config.model} does not get onto the GPU: "
                                             f"{storage.first_line(error)}\n{devices.failure_hint(error)}") from error
-        raise ValueError(f"open_clip cannot load {config.model} with the weights {config.pretrained}: "
-                         f"{storage.first_line(error)}\nhint: `python -c 'import open_clip; "
-                         f"print(open_clip.list_pretrained())'` lists names and tags") from error
+        reason = storage.lost_folder_message(error) or storage.first_line(error)
+        # A fault of this machine is no invalid usage: a retry may help.
+        if isinstance(error, OSError):
+            raise OSError(f"the encoder {config.model} cannot be loaded: {reason}") from error
+        if config.pretrained == "bundled" and not own:
+            raise OSError(f"the bundled encoder {weights} cannot be loaded: {reason}\n{INSTALL_AGAIN}") from error
+        raise ValueError(f"open_clip cannot load {config.model} with the weights {config.pretrained}: {reason}\n"
+                         f"hint: `python -c 'import open_clip; print(open_clip.list_pretrained())'` lists names and "
+                         f"tags") from error
     model.eval().requires_grad_(False)
 
     @lru_cache(maxsize=1)

@@ -15,6 +15,8 @@ from pipeline.embeddings.open_clip_door import open_clip
 
 BUNDLED = Path(__file__).parent / "tiny_clip"
 BUNDLED_MODEL = "tiny-clip-64"
+INSTALL_AGAIN = "hint: pip install --force-reinstall --no-deps . in the folder of the program, or its image again"
+_BUNDLED_WEIGHTS = BUNDLED / "tiny_clip.safetensors"
 RANDOM = "random"
 # Defaults of open_clip: the values of the first CLIP models.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -162,9 +164,12 @@ def check_model(config: ClipConfig) -> str:
 
 
 def weights_path(config: ClipConfig) -> str:
-    """The file or tag of the weights; ValueError if `bundled` is set for a model without bundled weights."""
+    """The file or tag of the weights. ValueError if the model has no bundled weights."""
     if config.pretrained == "bundled":
         if config.model != BUNDLED_MODEL:
             raise ValueError(f"only {BUNDLED_MODEL} is bundled, not {config.model}\nhint: --pretrained TAG or FILE")
-        return str(BUNDLED / "tiny_clip.safetensors")
+        if not _BUNDLED_WEIGHTS.is_file():
+            raise FileNotFoundError(f"{_BUNDLED_WEIGHTS} is missing: the installation is incomplete\n"
+                                    f"{INSTALL_AGAIN}")
+        return str(_BUNDLED_WEIGHTS)
     return config.pretrained

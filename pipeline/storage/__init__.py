@@ -26,6 +26,7 @@ from pipeline.storage.errors import (
     error_reason,
     first_line,
     is_about_machine,
+    lost_folder_message,
     refuse_special_file,
     verify_replaced,
 )
@@ -114,6 +115,7 @@ __all__ = [
     "list_stamps",
     "local_copy",
     "local_path",
+    "lost_folder_message",
     "make_private_folder",
     "manifest_file_url",
     "map_urls",

@@ -81,6 +81,20 @@ def denial_message(error: BaseException) -> str:
     return f"this user may not write in {folder}"
 
 
+def lost_folder_message(error: BaseException) -> str:
+    """A sentence if a file was not found because the working folder of this process is gone; "" if anything else.
+
+    Such an error names no file.
+    """
+    if not isinstance(error, FileNotFoundError) or error.filename is not None:
+        return ""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the working folder of this process was removed while it ran"
+    return ""
+
+
 @contextlib.contextmanager
 def storage_errors(url: str, doing: str) -> Iterator[None]:
     """Turn a client library's own exceptions into one sentence; a disk's OSErrors pass as they are."""

@@ -35,7 +35,7 @@ image_size = 16
 [train.unet]
 model_channels = 32
 """
-_UP = {"PORT": "6411", "DASHBOARD_PORT": "8311", "AGENT_PORT": "52511"}  # beside a cluster of the user
+_UP = {"PORT": "6411", "DASHBOARD_PORT": "8311"}  # beside a cluster of the user
 _TORCHRUN = shlex.join([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "jobs"])
 _VERBS = shlex.join([sys.executable, "-m", "jobs"])
 # Names in braces are folders; {n} is 1 with --local and 2 with Ray.

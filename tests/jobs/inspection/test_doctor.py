@@ -60,6 +60,11 @@ def test_a_slow_check_is_ended_with_its_children(monkeypatch: pytest.MonkeyPatch
     assert doctor._failure(-1) == "failed" == doctor._failure(1)
     monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 0.0, 0.0))
     assert doctor._failure(-1) == "warning" and doctor._failure(1) == "failed"
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(doctor, "_RAY", code)
+    check = doctor.check_ray()
+    assert check.state == "warning" and "load 99" in check.detail
+    assert check.cure == "run it again when the machine is less busy; --local runs without Ray"
 
 
 def test_ctrl_c_ends_the_checks_with_their_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

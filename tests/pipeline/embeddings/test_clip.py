@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
-from pipeline.embeddings import clip
+from pipeline.embeddings import clip, clip_weights
 from pipeline.embeddings.clip_weights import BUNDLED, ClipConfig, describe_encoder
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.embeddings.embed import Embed, dataset_encoder
@@ -156,7 +156,7 @@ def test_folders_that_are_no_models_are_refused(tmp_path: Path) -> None:
 _ASK = """
 import json, sys
 from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
-from pipeline.embeddings import clip
+from pipeline.embeddings import clip, clip_weights
 try:
     said = describe_encoder(ClipConfig(sys.argv[1]))
     print(json.dumps([said, clip.load_encoder(ClipConfig(sys.argv[1])).texts(["a red heart"]).tolist()]))
@@ -212,3 +212,24 @@ def test_an_array_that_cannot_be_written_gives_no_warning() -> None:
     finally:
         torch.set_warn_always(before)
     np.testing.assert_array_equal(vectors, encoder.images(pixels.copy()))
+
+
+def test_damaged_or_missing_bundled_weights_are_no_invalid_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                 ) -> None:
+    copy = tmp_path / "tiny_clip.safetensors"
+    monkeypatch.setattr(clip_weights, "_BUNDLED_WEIGHTS", copy)
+    for load in (describe_encoder, clip.load_encoder):
+        with pytest.raises(OSError, match=f"{copy} is missing: the installation is incomplete\nhint: pip install"):
+            load(ClipConfig())
+    copy.write_bytes(b"no weights")
+    with pytest.raises(OSError, match=f"the bundled encoder {copy} cannot be loaded: .*\nhint: pip install"):
+        clip.load_encoder(ClipConfig())
+
+
+def test_a_lost_working_folder_is_no_invalid_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *_, **__: os.getcwd())  # as imports do
+    with pytest.raises(OSError, match=r"encoder tiny-clip-64 cannot be loaded: the working folder .* was removed"):
+        clip.load_encoder(ClipConfig())

@@ -109,3 +109,17 @@ def test_a_folder_without_rights_is_named_and_not_the_temporary_file(tmp_path: P
                     write()
                 assert storage.denial_message(caught.value) in {
                     f"this user may not write in {folder}", f"this user may not use {folder}/old"}
+
+
+def test_a_lost_working_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError) as missing:
+        (tmp_path / "missing").read_bytes()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    with pytest.raises(FileNotFoundError) as lost:
+        Path("file").absolute()
+    assert storage.lost_folder_message(lost.value) == "the working folder of this process was removed while it ran"
+    assert not storage.lost_folder_message(missing.value) and not storage.lost_folder_message(ValueError())
+    monkeypatch.chdir(tmp_path)
+    assert not storage.lost_folder_message(lost.value)
