@@ -7,6 +7,7 @@ Letters: N images, S their side, C styles, D the dimension of the vectors.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from model.training.precision import compute_dtype
 
-_BATCH = 64
+JUDGE_BATCH = 64
+"""Images of each step of a judge."""
 _WIDTH = 32
 
 
@@ -40,11 +42,12 @@ class Judge(nn.Module):
         return self.head(self.features(images).mean((2, 3)))
 
 
-def train_judge(images: np.ndarray, labels: np.ndarray, styles: int, *, steps: int, seed: int) -> Judge:
+def train_judge(images: np.ndarray, labels: np.ndarray, styles: int, *, steps: int, seed: int,
+                on_step: Callable[[int], None] = lambda step: None) -> Judge:
     """A judge trained on images (N, S, S, 3) uint8 and their styles (N,) int64, all styles equally often.
 
     Random mirroring, shifts, blur and noise hide how clean a file is. Samples are less clean than real images, and the
-    judge must classify them by style alone.
+    judge must classify them by style alone. `on_step` gets the number of each finished step.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -55,8 +58,8 @@ def train_judge(images: np.ndarray, labels: np.ndarray, styles: int, *, steps: i
     rows_of_style = [np.flatnonzero(labels == style) for style in range(styles)]
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in range(steps):
-        chosen_styles = rng.integers(styles, size=_BATCH)
+    for step in range(1, steps + 1):
+        chosen_styles = rng.integers(styles, size=JUDGE_BATCH)
         rows = np.array([rng.choice(rows_of_style[style]) for style in chosen_styles])
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast):
             logits = judge(_augment(as_tensor(images[rows]), generator))
@@ -65,6 +68,7 @@ def train_judge(images: np.ndarray, labels: np.ndarray, styles: int, *, steps: i
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        on_step(step)
     return judge.eval().requires_grad_(False)
 
 

@@ -1,5 +1,6 @@
 """The stage that trains style classifiers on the databases of a run."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,13 @@ class StyleClassifierStage(Stage):
     def plan(self) -> list[Item]:
         return [Item("judge")]
 
+    def rows(self, item: Item) -> int:
+        """Images that the judge sees in training, as in a run."""
+        return self.steps * style_classifier.JUDGE_BATCH
+
+    def _report_step(self, step: int) -> None:
+        self.report_progress(rows=step * style_classifier.JUDGE_BATCH, samples=0, length=0, skipped=Counter())
+
     def process(self, item: Item, scratch: Path) -> Output:
         torch.set_num_threads(1)
         size, unseen = self.run.image_size, frozenset(held_out_captions(self.dataset, self.databases))
@@ -92,7 +100,8 @@ class StyleClassifierStage(Stage):
             if not (out & (y == number)).any() or not (~out & (y == number)).any():
                 raise ValueError(f"{database.label} has no images of held-out subjects, or none of others\n"
                                  f"hint: a judge needs both")
-        network = style_classifier.train_judge(x[~out], y[~out], len(self.databases), steps=self.steps, seed=0)
+        network = style_classifier.train_judge(x[~out], y[~out], len(self.databases), steps=self.steps, seed=0,
+                                               on_step=self._report_step)
         probe = style_classifier.train_probe(v[~out], y[~out], len(self.databases))
         save_file(network.state_dict(), scratch / "judge.safetensors")
         np.save(scratch / "probe.npy", probe, allow_pickle=False)
@@ -105,14 +114,14 @@ class StyleClassifierStage(Stage):
                    "kid": round(style_classifier.kid(v[out & (y == number)], v[~out & (y == number)]), 6),
                    "nearest": round(float(similarities[y[out] == number].mean()), 4)}
                   for number, database in enumerate(self.databases)]
-        info = {"judge": mean_share(right[0]), "probe": mean_share(right[1]), "styles": styles,
+        info = {"rows": self.rows(item), "judge": mean_share(right[0]), "probe": mean_share(right[1]), "styles": styles,
                 "held_out": sorted(unseen), "nearest": round(float(similarities.mean()), 4),
                 "nearest_99": round(float(np.quantile(similarities, 0.99)), 4)}
         return Output(samples=len(x), info=info,
                       files={name: scratch / name for name in ("judge.safetensors", "probe.npy")})
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
-        return Output(info=records[0]["info"])
+        return Output(info={name: value for name, value in records[0]["info"].items() if name != "rows"})
 
 
 def nearest_rows(dataset: Dataset, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

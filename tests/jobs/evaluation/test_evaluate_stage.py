@@ -19,6 +19,7 @@ from jobs.evaluation.judge_stage import StyleClassifierStage
 from jobs.runs.run import Run
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
+from pipeline.stages import progress
 from pipeline.stages.driver import run_stage
 
 STYLES = ("flat", "hatched", "outline")
@@ -195,13 +196,22 @@ def test_a_lost_takedown_list_is_refused_before_judges_are_trained(
     assert not (unjudged_root / "runs/small/judges").exists()
 
 
-def test_a_judge_does_not_learn_hidden_images(unjudged_root: Path, tmp_path: Path) -> None:
+def test_a_judge_does_not_learn_hidden_images_and_reports_its_steps(
+        unjudged_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, flat = str(unjudged_root), Dataset.parse(str(unjudged_root), "flat")
     record = flat.manifest("shards")["items"][0]
     (tmp_path / "keys").write_text(f"{metadata(flat, record, ['key'])[5]['key']}\n")
     assert main(["index", "flat", "--tombstone", str(tmp_path / "keys"), "--root", root, "--local"]) == 0
     run = Run.parse(root, "small")
     dataset, _, databases = evaluation_data(run, STYLES)
-    info = run_stage(StyleClassifierStage(run, dataset, databases, steps=2))["info"]
+    reported: list[tuple[int, int]] = []
+    monkeypatch.setattr(progress, "period", lambda folder: 0.0)
+
+    def watch(tally: progress.Tally) -> None:
+        reported.append((tally.now["rows"], tally.now["of_rows"]))
+
+    info = run_stage(StyleClassifierStage(run, dataset, databases, steps=2), watch=watch)["info"]
+    assert {(64, 128), (128, 128)} <= {*reported}  # each step sees 64 images
+    assert "rows" not in info
     rows = sum(record["samples"] for record in flat.manifest("shards")["items"])
     assert [style["seen"] + style["held_out"] for style in info["styles"]] == [rows - 1, rows, rows]
