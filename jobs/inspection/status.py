@@ -51,7 +51,7 @@ def read_status(root: str) -> list[dict[str, Any]]:
     for path in _paths(root):
         try:
             states.append({"path": path, **_state(root, path)})
-        except (ValueError, NotADirectoryError, IsADirectoryError) as error:
+        except (ValueError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
             states.append({"path": path, "state": "damaged", "error": storage.first_line(error)})
     published = {f"datasets/{name}/{pointer['version']}" for name, pointer in read_published(root).items()}
     return [marked for version, members in groupby(states, key=lambda state: "/".join(state["path"].split("/")[:3]))

@@ -26,12 +26,26 @@ _OF_RUNS = {"samples", "judges", "evaluations"}
 def find_command(root: str, paths: Sequence[str], keys: ReleaseKeys) -> str:
     """The command that repairs the first of `paths`, damaged folders and files. The log writes its `--root`."""
     path = paths[0]
+    if denied := _find_denied(storage.join(root, path)):
+        return f"let this user read {storage.quote(denied)}"
     command = _find_command(root, paths, keys)
     if "jobs repair " in command:  # it removes nothing that is no file: that may not be ours
         odd = [url for place in (path, takedown_list.NAME)
                if (url := storage.join(root, place)) not in command and _is_odd(url)]
         return "".join(f"remove {url}; then " for url in odd) + command
     return command
+
+
+def _find_denied(url: str) -> str:
+    """The URL that this user may not read: a file, or the plan or the manifest of a folder. That is no damage."""
+    for file in (url, storage.join(url, "plan.json"), storage.join(url, "manifest.json")):
+        try:
+            storage.read_range(file, 0, 1)
+        except PermissionError:
+            return file
+        except (OSError, ValueError):
+            continue
+    return ""
 
 
 def _is_odd(url: str) -> bool:

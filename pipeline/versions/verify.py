@@ -21,6 +21,7 @@ from pipeline.stages.documents import check_manifest, check_plan
 from pipeline.stages.manifest import changed_inputs, read_manifest
 from pipeline.stages.plan import item_ids, read_items
 
+_DENIED = "cannot be read: this user may not read it"
 _CARRIED = re.compile(r"rows/[\w-]+-([0-9a-f]{12})\.jsonl?")
 
 
@@ -33,7 +34,7 @@ def find_faults(root: str, path: str, *, quick: bool = False) -> Iterator[dict[s
     try:
         manifest = read_manifest(base, "")
         changed = _changed(manifest)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, PermissionError) as error:
         yield _fault(path, "manifest.json", f"cannot be read: {storage.first_line(error)}")
         return
     for fault in changed:
@@ -114,14 +115,14 @@ def _plan(path: str, base: str, manifest: dict[str, Any]) -> Iterator[dict[str, 
             yield _fault(path, "plan.json", "lists other items than the manifest")
     except FileNotFoundError as error:
         yield _fault(path, "plan.json", f"is missing, or a list beside it: {error.filename or error}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, PermissionError) as error:
         yield _fault(path, "plan.json", f"cannot be read: {storage.first_line(error)}")
 
 
 def _carried_files(path: str, base: str) -> Iterator[dict[str, str]]:
     """The lists that a plan brought along must have the bytes that their names say."""
     names: dict[str, str] = {}
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # faults of the plan
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, PermissionError):  # `_plan` names it
         for item in read_items(base):
             names |= {value: match[1] for value in item.inputs.values()
                       if isinstance(value, str) and (match := _CARRIED.fullmatch(value))}
@@ -131,16 +132,20 @@ def _carried_files(path: str, base: str) -> Iterator[dict[str, str]]:
                 yield _fault(path, name, "has other bytes than its name says (sha256)")
         except FileNotFoundError:
             yield _fault(path, name, "is missing")
+        except PermissionError:
+            yield _fault(path, name, _DENIED)
 
 
 def _file(url: str, entry: dict[str, Any]) -> str:
     try:
         length = storage.size(url)
+        if length != entry["bytes"]:
+            return f"has {length} bytes, its manifest says {entry['bytes']}"
+        return "" if storage.sha256(url) == entry["sha256"] else "has other bytes than when it was sealed (sha256)"
     except FileNotFoundError:
         return "is missing"
-    if length != entry["bytes"]:
-        return f"has {length} bytes, its manifest says {entry['bytes']}"
-    return "" if storage.sha256(url) == entry["sha256"] else "has other bytes than when it was sealed (sha256)"
+    except PermissionError:
+        return _DENIED
 
 
 def _records(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[str, str]]:
@@ -151,6 +156,8 @@ def _records(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[st
                 yield _fault(path, name, "is not the record in the manifest")
         except (FileNotFoundError, ValueError):
             yield _fault(path, name, "is missing or no JSON")
+        except PermissionError:
+            yield _fault(path, name, _DENIED)
 
 
 def _shards(checked: _Checked, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:

@@ -11,6 +11,7 @@ from pipeline.releases.signatures import NO_KEYS
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
+from tests.laws.file_rights import closed
 from tests.pipeline import synthetic
 
 
@@ -51,3 +52,17 @@ def test_a_dataset_name_of_300_letters_is_invalid_usage(tmp_path: Path, capsys: 
     for verb, *flags in (["gc"], ["embed", "--local"], ["versions"], ["train", "--dataset", "art", "--local"]):
         assert main([verb, "a" * 300, *flags, "--root", str(tmp_path)]) == 2
         assert "has 300 letters: expected at most 240\nhint: a shorter " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["000000.tar", "records/000000.json", "plan.json", "manifest.json"])
+def test_a_file_that_this_user_may_not_read_is_no_damage(file: str, tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = Dataset(str(tmp_path / "root"), "art")
+    synthetic.drawings(tmp_path / "source")
+    run_stage(Shard(dataset, ShardConfig(source=(str(tmp_path / "source"),), image_size=32)))
+    path = Path(dataset.folder("shards"), file)
+    with closed(path):
+        assert main(["verify", "--root", dataset.root]) == 1
+    out, err = capsys.readouterr()
+    assert "datasets/art/v1/shards" in out and "may not read" in out + err or "ermission denied" in out
+    assert f"hint: let this user read {path}" in err
