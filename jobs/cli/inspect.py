@@ -31,7 +31,8 @@ class SearchOptions:
     dataset: Dataset
     common: Flat[CommonOptions]
     embed: Unflagged[EmbedConfig]
-    text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WORDS", help="Words to search for.")] = ""
+    text: Annotated[tuple[str, ...], tyro.conf.Positional,
+                    tyro.conf.arg(metavar="WORDS", help="Words to search for, as one text.")] = ()
     image: Words = ()
     """Local image file to search for. Repeat the flag for more: the search uses the mean of all."""
     like: Words = ()
@@ -57,7 +58,7 @@ def run_search(options: SearchOptions) -> int:
     from pipeline.embeddings.clip_weights import ClipConfig
     from pipeline.releases import published
     embed = options.embed
-    query = SearchQuery((options.text,) if options.text else (), options.image, options.like, options.minus)
+    query = SearchQuery((" ".join(options.text),) if options.text else (), options.image, options.like, options.minus)
     databases = [published.open_dataset(options.common.root, name) for name in
                  dict.fromkeys((options.dataset, *options.database))]
     encoder = ClipConfig(options.model or embed.model, options.pretrained or embed.pretrained, embed.precision)

@@ -71,14 +71,14 @@ def _with_stage(state: dict[str, Any], count: int) -> str:
 
 
 def _files(root: str, state: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The files that the manifest of a stage names. Without a manifest, the files in the folder."""
+    """The files that the manifest of a stage names. Without a manifest, and for a run, the files in the folder."""
     folder = storage.join(root, state["path"])
-    if state["state"] == "damaged" or "samples" not in state:
-        yield from ({"name": name, "bytes": length} for name, length in sorted(storage.walk(folder)))
-        return
-    manifest = read_manifest(folder, "")
-    for entry in (*(entry for record in manifest["items"] for entry in record["files"]), *manifest["files"]):
-        yield {"name": entry["name"], "bytes": entry["bytes"]}
+    if state["state"] != "damaged" and "samples" in state:
+        manifest = read_manifest(folder, "")
+        if named := [*(entry for record in manifest["items"] for entry in record["files"]), *manifest["files"]]:
+            yield from ({"name": entry["name"], "bytes": entry["bytes"]} for entry in named)
+            return
+    yield from ({"name": name, "bytes": length} for name, length in sorted(storage.walk(folder)))
 
 
 def contents_table(entries: Sequence[dict[str, Any]], root: str) -> str:

@@ -189,6 +189,12 @@ def test_a_row_is_found_by_the_last_part_of_its_name(tmp_path: Path, capsys: pyt
         show_row(own, "pear.png")
 
 
+def test_a_sealed_run_has_the_files_of_its_folder(trained_root: Path) -> None:
+    run = next(stage for stage in list_stages(str(trained_root), "runs/small") if stage["path"] == "runs/small")
+    names = {entry["name"] for entry in run["files"]}
+    assert run["state"] == "sealed" and {"manifest.json", "metrics.jsonl"} <= names
+
+
 def test_the_table_of_files_has_the_first_ones_of_a_stage(root: str) -> None:
     stage = list_stages(root, "datasets/drawn/v1/shards")[0]
     stage["files"] = [{"name": f"{number}.tar", "bytes": 1} for number in range(12)]

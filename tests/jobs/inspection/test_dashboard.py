@@ -1,6 +1,7 @@
 """A real Prometheus watches a real run on a real cluster, and answers the queries of the dashboard and the rules."""
 
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -199,3 +200,10 @@ def test_prometheus_has_a_run_on_ray_train(watched_run: Any) -> None:
     assert worker[0]["metric"]["WorkerId"] != driver_worker_id
     for name in ("loss", "grad_norm", "data_wait", "tflops_per_s"):
         assert server.query_range(f'ray_rdm_train_{name}{{run="far"}}', time.time() - 120, time.time(), 1.0), name
+
+
+def test_the_guide_lists_every_alert() -> None:
+    rules = yaml.safe_load((prometheus_server.INFRA / "prometheus/rules.yaml").read_text())
+    alerts = [rule["alert"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule]
+    guide = (prometheus_server.INFRA.parent / "docs/guides/operate/monitor.md").read_text()
+    assert re.findall(r"^\| `([A-Z][A-Za-z]+)` \|", guide, re.MULTILINE) == alerts

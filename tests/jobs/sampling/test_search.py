@@ -45,6 +45,8 @@ def test_a_text_query_finds_the_rows_of_exhaustive_search(databases: list[Datase
     red, blue = encoder.texts(["a red square", "a blue circle"]).astype(np.float32)
     assert _found(_search(capsys, databases, "a red square", "--count", "7")) == _nearest(databases, red, 7)
     assert _found(_search(capsys, databases[:1], "a red square", "--count", "7")) == _nearest(databases[:1], red, 7)
+    words = _search(capsys, databases, "a", "red", "square", "--count", "7")  # without quotation marks
+    assert _found(words) == _nearest(databases, red, 7)
     vector = red - blue
     matches = _search(capsys, databases, "a red square", "--minus", "a blue circle", "--count", "7")
     assert _found(matches) == _nearest(databases, vector / np.linalg.norm(vector), 7)
