@@ -22,6 +22,7 @@ from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
 from pipeline.datasets.names import version_number
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.embeddings.embed import dataset_encoder
+from pipeline.indices.choose import budget_bytes
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.extend import Drifted, Extension
 from pipeline.indices.index import Index, build_index
@@ -240,9 +241,12 @@ class Rebuild:
         """Whether the index of the last version can be taken over."""
         counts = dataset.manifest("shards")["info"]["change"]
         moved = sum(counts.get(name, 0) for name in ("added", "changed", "removed", "forgotten"))
-        share = moved / max(sum(counts.values()), 1)
-        if share > self.config.retrain:
+        if (share := moved / max(sum(counts.values()), 1)) > self.config.retrain:
             _log.info("rebuild: %.0f %% of the images changed: the index is trained again", 100 * share)
+            return False
+        count = sum(counts.get(name, 0) for name in ("kept", "added", "changed"))
+        if last.manifest("index")["info"]["bytes_per_vector"] * count > budget_bytes(count, self.index):
+            _log.info("rebuild: the extended index would be larger than its limit: the index is trained again")
             return False
         return (search_kind(last) != "graph" and dataset_encoder(last) == dataset_encoder(dataset))
 

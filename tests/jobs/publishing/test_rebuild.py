@@ -399,3 +399,16 @@ def test_an_image_that_lacked_a_decoder_is_tried_again_once_it_is_installed(
     assert published_dataset(root).manifest("shards")["totals"]["skipped"] == {
         "not_a_picture": 1, "needs_formats_extra": 1}
     assert rebuild(root, source, gates=gates)["unchanged"]
+
+
+def test_an_index_that_would_outgrow_its_limit_is_trained_again(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "source").mkdir()
+    words = ["rebuild", "some", "--source", str(tmp_path / "source"), "--root", str(tmp_path / "root"), "--local"]
+    for first, last in ((0, 77), (77, 103)):  # a quarter more, which is too few for another training
+        for number in range(first, last):
+            paint(tmp_path / f"source/{number}.png", number)
+        with caplog.at_level(logging.INFO):
+            assert main(words) == 0
+    assert "the extended index would be larger than its limit" in caplog.text
+    assert Published.load(str(tmp_path / "root"), "some").version == "v2"
