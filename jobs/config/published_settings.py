@@ -74,7 +74,8 @@ def _flags(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict):
             yield from _flags(value, f"{prefix}{name}.")
         else:
-            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            items = value if isinstance(value, tuple) else (value,)
+            text = " ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in items)  # 100.0 is 100
             yield f"--{prefix}{name.replace('_', '-')}", text if text and " " not in text else repr(text)
 
 
