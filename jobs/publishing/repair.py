@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 from jobs.publishing.forget import Unread, apply_takedowns, require_requests
@@ -99,7 +99,7 @@ def _repair_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool, 
     report = {"published": current.version, "pointer": "in order"} | ({"damaged": fault} if fault else {})
     if current.damaged_history() or current.missing_history() or find_false_entries(current):
         return report | _close_history(current, dry_run=dry_run)
-    return report | ({"pointer": _sign(current, fault, dry_run=dry_run)} if current.needs_signature else {})
+    return report | (_sign(current, fault, dry_run=dry_run, accept_lost=accept_lost) if current.needs_signature else {})
 
 
 def _close_history(current: Published, *, dry_run: bool) -> dict[str, Any]:
@@ -152,14 +152,17 @@ def _refuse_damaged(current: Published, report: dict[str, Any]) -> None:
     raise StageFailed(f"the published {current.name}@{current.version} is damaged: {report['damaged']}\n{hint}")
 
 
-def _sign(current: Published, fault: str, *, dry_run: bool) -> str:
-    """Sign an undamaged published version. Returns what happened to its pointer."""
+def _sign(current: Published, fault: str, *, dry_run: bool, accept_lost: bool) -> dict[str, Any]:
+    """Sign an undamaged published version. Returns what happened to its pointer, and the numbers that are lost."""
+    lost = _lost_signatures(current.root, current.name, current.keys, current.history())
+    if lost and not accept_lost:
+        _refuse_lost_publications(current, current.version, lost)
     if fault:
         raise ValueError(f"{current.name}@{current.version} is not signed, for it is not whole: {fault}\n"
                          f"hint: {find_way_back(current)}")
     if not dry_run and not current.sign_again():
         _refuse_superseded(current.name)
-    return "signed"
+    return {"pointer": "signed"} | _note_lost(current.name, lost)
 
 
 def _refuse_superseded(name: str) -> NoReturn:
@@ -203,9 +206,7 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool,
         after["takedown_list"] = takedown_list.describe_list(root)
     report = {"published": None if "removed" in document else document["version"], "pointer": "restored"}
     report |= {"damaged": fault} if fault else {}
-    if lost:
-        _log.warning("repair: publications %d to %d of %s are lost, and were accepted as lost", lost[0], lost[-1], name)
-        report["accepted_lost_publications"] = list(lost)
+    report |= _note_lost(name, lost)
     if dry_run:
         return report
     damaged = current.damaged_history()
@@ -214,6 +215,21 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool,
         _refuse_superseded(name)
     _remove(damaged)
     return report
+
+
+def _note_lost(name: str, lost: range) -> dict[str, Any]:
+    if not lost:
+        return {}
+    _log.warning("repair: publications %d to %d of %s are lost, and were accepted as lost", lost[0], lost[-1], name)
+    return {"accepted_lost_publications": list(lost)}
+
+
+def _lost_signatures(root: str, name: str, keys: ReleaseKeys, documents: Iterable[dict[str, Any]]) -> range:
+    """Numbers of publications that this machine has seen with an accepted signature, and that none has now."""
+    seen = read_last_seen(root, name, SIGNED).get("sequence", 0) if keys.accepted else 0
+    newest = max((document["sequence"] for document in documents
+                  if "signature" in document and not keys.find_fault(name, document)), default=0)
+    return range(newest + 1, seen + 1)
 
 
 def _refuse_nothing_left(root: str, name: str, keys: ReleaseKeys) -> NoReturn:
@@ -229,11 +245,13 @@ def _refuse_nothing_left(root: str, name: str, keys: ReleaseKeys) -> NoReturn:
 
 
 def _refuse_lost_publications(current: Published, version: str, lost: range) -> NoReturn:
-    name = current.name
+    name, options = current.name, current.repair_options()
+    if current.keys.accept_unsigned and "--accept-unsigned" not in options:
+        options += " --accept-unsigned"
     raise DamagedFile(f"publications {lost[0]} to {lost[-1]} of {name} are lost: this machine has seen {lost[-1]}, and "
                       f"published/{name} has none of them that is accepted: restore published/{name} from a backup\n"
                       f"hint: if there is none, and {version} may be published again: python -m jobs repair {name} "
-                      f"--root {storage.quote(current.root)}{current.repair_options()} --accept-lost-publications")
+                      f"--root {storage.quote(current.root)}{options} --accept-lost-publications")
 
 
 def _find_candidates(root: str, name: str, keys: ReleaseKeys, data: bytes | None) -> tuple[list[dict[str, Any]], range]:
@@ -247,11 +265,15 @@ def _find_candidates(root: str, name: str, keys: ReleaseKeys, data: bytes | None
     if pointer and pointer["sequence"] > newest and not keys.find_fault(name, pointer):
         documents.insert(0, pointer)  # its entry in the history is damaged or missing
         newest = pointer["sequence"]
-    releases = [document for document in _from_releases(root, name) if not keys.find_fault(name, document)]
+    # A release has no signature. It does not stand for a publication whose signature is not accepted.
+    refused = {document.get("version") for document in (pointer, *map(read_entry, list_history(root, name)))
+               if document and "signature" in document and keys.find_fault(name, document)}
+    releases = [document for document in _from_releases(root, name)
+                if not keys.find_fault(name, document) and document["version"] not in refused]
     newest_known = Published(root, name, data, documents[0] if documents else {}, keys)
     seen = newest_known.last_seen_sequence()
     if not documents or (seen <= newest and not find_later_base(newest_known)):
-        return documents or releases, range(0)
+        return documents or releases, _lost_signatures(root, name, keys, documents)
     known = max(document.get("removed", document)["number"] for document in documents)
     later = [release for release in releases if release["number"] > known]
     entries = Published(root, name, data, {}, keys).entries

@@ -96,6 +96,20 @@ def lost_folder_message(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
+def suppress_absence() -> Iterator[None]:
+    """Ignore that a folder of a store does not exist, but not that its bucket does not."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if _lacks_bucket(error):
+            raise
+
+
+def _lacks_bucket(error: BaseException) -> bool:
+    return getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") == "NoSuchBucket"
+
+
+@contextlib.contextmanager
 def storage_errors(url: str, doing: str) -> Iterator[None]:
     """Turn a client library's own exceptions into one sentence; a disk's OSErrors pass as they are."""
     try:
@@ -110,7 +124,7 @@ def storage_errors(url: str, doing: str) -> Iterator[None]:
                 raise StorageError(error.errno, os.strerror(error.errno), url) from error
             if error.errno in _ODD:
                 _explain_odd(url)
-            if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") == "NoSuchBucket":
+            if _lacks_bucket(error):
                 raise StorageError(f"cannot {doing} {url}: there is no such bucket\n"
                                    f"hint: make it, or see whether it is spelled right") from error
             if type(error) is not OSError or (error.errno is not None and is_local(url)):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.storage.addresses import is_local, local_path, normalize
-from pipeline.storage.errors import FILE, FOLDER, find_kind, refuse_special_folder, storage_errors
+from pipeline.storage.errors import FILE, FOLDER, find_kind, refuse_special_folder, storage_errors, suppress_absence
 from pipeline.storage.files import open_url
 from pipeline.storage.remembered import recall
 
@@ -45,7 +45,7 @@ def _list_kinds(url: str) -> Iterator[tuple[str, str]]:
             with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
                 yield from ((entry.name, kind) for entry in entries if (kind := _entry_kind(entry)))
             return
-        with contextlib.suppress(FileNotFoundError):
+        with suppress_absence():
             for entry in _list_objects(url):
                 yield entry["name"].rstrip("/").rsplit("/", 1)[-1], FILE if entry["type"] == "file" else FOLDER
 

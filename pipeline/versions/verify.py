@@ -69,8 +69,8 @@ def find_faults(root: str, path: str, *, quick: bool = False) -> Iterator[dict[s
                                  f"cannot be read: {type(error).__name__}: {storage.first_line(error)}")
     if manifest["stage"] == "train":
         yield from _curve(root, path, manifest)
-    if manifest["stage"] in {"train", "convert"}:
-        yield from _checkpoints(root, path)
+    if manifest["stage"] in {"train", "convert", "import"}:
+        yield from _checkpoints(root, path, manifest["info"])
 
 
 class _Checked:
@@ -250,8 +250,9 @@ def _curve(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[str,
         yield _fault(path, "metrics.jsonl", "is missing or damaged")
 
 
-def _checkpoints(root: str, path: str) -> Iterator[dict[str, str]]:
-    base = storage.join(root, path, "checkpoints")
+def _checkpoints(root: str, path: str, info: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """The files of the checkpoints. `info` of the sealed run names the last one: {"step" or "steps", "checkpoint"}."""
+    base, contents = storage.join(root, path, "checkpoints"), dict[str, str]()
     for step in storage.list_folders(base):
         try:
             url = storage.join(base, step, "manifest.json")
@@ -261,10 +262,15 @@ def _checkpoints(root: str, path: str) -> Iterator[dict[str, str]]:
         except ValueError as error:
             yield _fault(path, f"checkpoints/{step}/manifest.json", f"cannot be read: {storage.first_line(error)}")
             continue
+        contents[step] = manifest["content"]
         for entry in manifest["files"]:
             fault = _file(storage.file_below(storage.join(base, step), entry["name"]), entry)
             if fault:
                 yield _fault(path, f"checkpoints/{step}/{entry['name']}", fault)
+    last = f"{info.get('steps', info.get('step', 0)):07d}"
+    if "checkpoint" in info and contents.get(last, "") != info["checkpoint"]:
+        fault = "is not the one of the sealed run" if last in contents else "is missing, and the run is sealed"
+        yield _fault(path, f"checkpoints/{last}/manifest.json", fault)
 
 
 def _fault(path: str, name: str, fault: str) -> dict[str, str]:

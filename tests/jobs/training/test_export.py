@@ -44,6 +44,10 @@ def test_an_exported_run_generates_the_same_images_elsewhere(root: Path, tmp_pat
     assert main(["evaluate", "brought", "--database", "flat", "--database", "outline", "--prompts", "1",
                      "--judge-steps", "5", "--steps", "2", "--sweep-k", "1", "--sweep-guidance", "1",
                      "--root", str(other_root), "--local"]) == 0
+    checkpoint = other_root / "runs/brought/checkpoints/0000003/manifest.json"
+    checkpoint.unlink()
+    assert main(["verify", "--only", "runs/brought", "--root", str(other_root)]) == 1
+    assert "0000003/manifest.json: is missing, and the run is sealed" in capsys.readouterr().out
 
 
 def test_an_impossible_export_has_a_clear_message(root: Path, tmp_path: Path,

@@ -180,7 +180,8 @@ def test_a_file_is_read_up_to_a_limit(where, tmp_path, request):
 def test_a_missing_bucket_is_an_error(s3):
     with pytest.raises(storage.StorageError, match=r"there is no such bucket\nhint: make it") as caught:
         storage.put_bytes(b"x", "s3://no-such-bucket-here/plan.json")
-    assert storage.list_files("s3://no-such-bucket-here/folder") == []
+    with pytest.raises(storage.StorageError, match="there is no such bucket"):
+        storage.list_files("s3://no-such-bucket-here/folder")
     assert "not-to-be-seen" not in str(caught.value) and "AKIATESTING" not in str(caught.value)
 
 

@@ -19,7 +19,7 @@ from pipeline.releases import published, signatures
 from pipeline.releases.signatures import RELEASE_KEY
 from pipeline.stages.driver import run_stage
 from pipeline.takedowns import hidden_rows
-from tests.jobs.publishing.published_art import NAME, pointer, published_dataset
+from tests.jobs.publishing.published_art import NAME, pointer, published_dataset, rebuild
 from tests.jobs.publishing.signing.signed_roots import forge, history, refuses, signing_rebuild
 
 
@@ -113,6 +113,35 @@ def test_repair_does_not_sign_an_older_publication_after_the_newer_was_seen(
     report = json.loads(capsys.readouterr().out)
     assert report["published"] == "v1" and report["accepted_lost_publications"] == [2]
     assert published_dataset(root).version == "v1" and main(["verify", "--quick", "--root", root]) == 0
+
+
+@pytest.mark.parametrize("signer", ["other", ""])
+def test_repair_signs_no_version_of_an_attacker(signer: str, signed: Path, keys: Path, monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(signed / "root")
+    assert published_dataset(root).version == "v2"  # this machine sees publication 2
+    shutil.rmtree(signed / "root/datasets")
+    shutil.rmtree(signed / "root/published")
+    with monkeypatch.context() as attacker:
+        attacker.delenv(RELEASE_KEY)
+        attacker.setenv("RDM_CACHE", str(signed / "attacker"))
+        if signer:
+            run_rebuild(signing_rebuild(signed, keys / f"{signer}.pem"), run_stage)
+        else:
+            rebuild(root, signed / "source")
+    data = pointer(signed).read_bytes()
+    repairing = ["repair", NAME, "--root", root, "--sign", str(keys / "publisher.pem"), "--accept-unsigned"]
+    assert main(repairing) == (2 if signer else 1)
+    error = capsys.readouterr().err
+    assert pointer(signed).read_bytes() == data
+    if signer:
+        assert "has no readable publication with an accepted signature" in error
+        assert main([*repairing, "--accept-lost-publications"]) == 2 and pointer(signed).read_bytes() == data
+    else:
+        assert "publications 1 to 2 of drawn are lost: this machine has seen 2" in error
+        assert "--accept-unsigned --accept-lost-publications" in error
+        assert main([*repairing, "--accept-lost-publications"]) == 0
+        assert json.loads(capsys.readouterr().out)["accepted_lost_publications"] == [1, 2]
 
 
 def test_a_signed_pointer_of_another_dataset_is_refused(signed: Path) -> None:
