@@ -24,8 +24,8 @@ def connect_job_server(address: str) -> Any:
         return JobSubmissionClient(place)
     except AuthenticationError:
         raise ValueError(f"the cluster at {place} rejected the token\n"
-                         f"hint: export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE; `ray start` reads the token from "
-                         f"~/.ray/auth_token, infra/one-machine.sh up prints its file") from None
+                         f"hint: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE; `ray start` reads the token "
+                         f"from ~/.ray/auth_token, infra/one-machine.sh up prints its file") from None
     except (OSError, RuntimeError) as error:
         raise ValueError(f"no job server answers at {place}: {storage.first_line(error)}\n"
                          f"hint: --address http://HEAD:8265, or a tunnel to it (docs/guides/operate/kubernetes.md)"

@@ -306,7 +306,7 @@ def test_prompts_are_embedded_with_the_encoder_of_the_run(root: Path, tmp_path: 
                                                            capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other.toml").write_text('[embed]\nmodel = "RN50"\npretrained = "random"\n')
     flags = ["--config", str(tmp_path / "other.toml"), "--database", "flat", "--prompt", PROMPTS[0]]
-    assert _sample(root, "--name", "other", *flags) == 0
+    assert _sample(root, "--name", "of_the_run", *flags) == 0
     assert _sample(root, "--name", "refused", *flags, "--model", "RN50", "--pretrained", "random") == 2
     assert "the run small belongs to another encoder than RN50" in capsys.readouterr().err
 

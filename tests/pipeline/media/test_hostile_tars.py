@@ -194,11 +194,12 @@ def test_members_that_are_too_large_are_named_and_not_read(tmp_path, monkeypatch
     monkeypatch.setattr(foreign_samples, "MOST_SAMPLE_BYTES", 5000)
     monkeypatch.setattr(foreign_samples, "MOST_JSON_BYTES", 1000)
     (tmp_path / "some.tar").write_bytes(file("0.png", bytes(3000)) + file("0.json", bytes(1001)) + file(
-        "0.txt", bytes(2001)) + file("0.cls", bytes(2000)) + file("1.png", bytes(5001)) + END)
+        "0.txt", bytes(1001)) + file("0.npy", bytes(2001)) + file("0.cls", bytes(1000)) + file(
+            "1.png", bytes(5001)) + END)
     faults = TarFaults()
     assert [set(sample) for sample in read_foreign_tar(tmp_path / "some.tar", faults)] == [{"__key__", "png", "cls"}]
-    assert faults.members == [("0.json", "too_large", "1001 bytes"), ("0.txt", "too_large", "2001 bytes"),
-                              ("1.png", "too_large", "5001 bytes")]
+    assert faults.members == [("0.json", "too_large", "1001 bytes"), ("0.txt", "too_large", "1001 bytes"),
+                              ("0.npy", "too_large", "2001 bytes"), ("1.png", "too_large", "5001 bytes")]
 
 
 def test_headers_for_the_search_have_no_negative_lengths(tmp_path):
