@@ -329,6 +329,7 @@ def test_an_address_without_a_cluster_is_named(tmp_path: Path) -> None:
     assert process.returncode == 2 and "no Ray cluster answers" in process.stderr and "Traceback" not in process.stderr
 
 
+@pytest.mark.slow  # tests/laws/test_interruptions.py has a reader that leaves
 def test_a_closed_pipe_is_no_error() -> None:
     for words, unbuffered in itertools.product((["plan", "--json"], ["status", "--help"], ["--help"]), ("", "1")):
         process = subprocess.Popen([sys.executable, "-m", "jobs", *words], stdout=subprocess.PIPE,
