@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     interrupts.convert_sigterm()
+    interrupts.forget_raised()
     try:
         logs.configure_logging(_log_format(arguments), _find_flag(arguments, "--root"))
     except ValueError as error:
@@ -41,7 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
             return code
         check_needed()
         run, options = parse_command(arguments, read_root=True, check=check_options)
-        code = run(options)
+        try:
+            code = run(options)
+        except Exception:
+            if interrupts.has_raised():
+                raise KeyboardInterrupt from None
+            raise
         sys.stdout.flush()
         return code
     except storage.DamagedFile as error:

@@ -22,6 +22,18 @@ _LOOK_AGAIN_S = 0.1
 _BOTH: set[int] = {signal.SIGTERM, signal.SIGINT}
 _pipe: tuple[int, int] | None = None  # a signal writes to it, if the second stage is wanted
 _exit_code: int | None = None  # once the command has one
+_has_raised = False
+
+
+def forget_raised() -> None:
+    """Forget earlier signals, at the start of a command."""
+    global _has_raised
+    _has_raised = False
+
+
+def has_raised() -> bool:
+    """Whether a signal has raised KeyboardInterrupt. Native code may have put an error of its own in its place."""
+    return _has_raised
 
 
 def convert_sigterm() -> None:
@@ -124,10 +136,12 @@ def _start_second_stage() -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt, but not inside of an import: libraries swallow it, or turn it into another error."""
+    global _has_raised
     while frame is not None and frame.f_code.co_filename != _IMPORTS:
         frame = frame.f_back
     _start_second_stage()
     if frame is None:
+        _has_raised = True
         raise KeyboardInterrupt
     again = threading.Timer(_LOOK_AGAIN_S, os.kill, (os.getpid(), number))
     again.daemon = True
