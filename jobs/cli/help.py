@@ -15,7 +15,6 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from jobs.cli.parse import GROUPS, VERBS, default_options, load_verb
 from jobs.config.field_docs import field_docs
-from jobs.config.recipes import RECIPES
 from jobs.telemetry import output
 from jobs.telemetry.output import PROGRAM
 
@@ -225,6 +224,7 @@ def complete(words: Sequence[str]) -> list[str]:
     elif not verb:
         found = [*VERBS] if named else [*VERBS, "--help", "--version", "--completion"]
     elif previous == "--recipe":
+        from jobs.config.recipes import RECIPES  # the settings of all networks, which no help needs
         found = [*RECIPES]
     elif previous.startswith("--") and previous not in {*_NAME_DATASETS, _RUN_FLAG} and (
             values := _values_of(verb, previous)):

@@ -92,7 +92,7 @@ def _misuse(message: str) -> int:
 
 
 def _fit_hint(text: str, arguments: list[str]) -> str:
-    """An error with a hint whose flags the verb has, and whose commands keep those that the user typed."""
+    """An error with another hint: only flags of the verb, and commands with the flags that the user typed."""
     from jobs.cli import help
     if not arguments or "\nhint: " not in text:
         return text

@@ -32,7 +32,7 @@ def forget_raised() -> None:
 
 
 def has_raised() -> bool:
-    """Whether a signal has raised KeyboardInterrupt. Native code may have put an error of its own in its place."""
+    """Whether a signal has raised KeyboardInterrupt. Native code may have raised another error instead."""
     return _has_raised
 
 

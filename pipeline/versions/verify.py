@@ -261,6 +261,7 @@ def _checkpoints(root: str, path: str, info: dict[str, Any]) -> Iterator[dict[st
             continue  # cut off while it was written: nothing reads it
         except ValueError as error:
             yield _fault(path, f"checkpoints/{step}/manifest.json", f"cannot be read: {storage.first_line(error)}")
+            contents[step] = info.get("checkpoint", "")  # its fault has a name already
             continue
         contents[step] = manifest["content"]
         for entry in manifest["files"]:
