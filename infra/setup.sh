@@ -131,8 +131,24 @@ if [ -n "$unusable" ]; then
   say "$venv with Python $version ($python)"
 fi
 
+# Says every ten seconds that the installation continues, until the process $$ ends or `stop_beat` runs.
+start_beat() {
+  (
+    seconds=0
+    while sleep 10 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
+      seconds=$((seconds + 10))
+      say "still installing, $seconds s"
+    done
+  ) &
+  beat=$!
+}
+
+stop_beat() { kill "$beat" 2>/dev/null || true; }
+
 rm -f "$done_file"
-say "installing the packages of requirements.lock, which takes a minute or more"
+trap stop_beat EXIT
+start_beat
+say "installing the packages of requirements.lock, which takes one to three minutes"
 state=$(cat requirements.lock pyproject.toml | cksum)
 pip="$venv/bin/python -m pip install --quiet --disable-pip-version-check"
 # The lock is complete, so nothing is resolved (--no-deps); resolving would stop at autofaiss, whose bounds are outdated.
@@ -145,5 +161,6 @@ if ! { $pip --no-deps "$(sed -n 's/^\(uv==[^ ]*\).*/\1/p' requirements.lock)" &&
     fail "the packages could not be installed. hint: look at the network and pip config list, then run make setup again"
 fi
 $pip --no-deps --no-build-isolation --editable .
+stop_beat
 printf '%s\n%s\n' "$state" "$here" >"$done_file"
 say "done; next: . $venv/bin/activate, then rdm --help"

@@ -127,6 +127,8 @@ def embed(options: EmbedOptions) -> int:
                            else Embed(dataset, options.embed)]
     if options.captions:
         stages.append(EmbedCaptions(dataset, options.embed))
+    for stage in stages[1:]:
+        check_unpublished(stage, options.stage.overwrite)
     with suggest_once():
         for stage in stages:
             seal_and_print(stage, options)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from jobs.runs.metrics import never_made_a_step
-from jobs.runs.run import Run
+from jobs.runs.run import Run, read_shown_rows
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.stages.documents import RootPath, check_shape
@@ -54,6 +54,31 @@ def find_samples_showing(root: str, hashes: Collection[str]) -> list[str]:
             continue
         if not used.isdisjoint(hashes):
             showing.append(path)
+    return showing
+
+
+def find_grids_showing(root: str, hashes: Collection[str]) -> list[str]:
+    """The folders with validation images of runs that show an image with one of these hashes.
+
+    Images that were written before they named their rows are not known.
+    """
+    root, showing = storage.normalize(root), []
+    for run in storage.list_folders(storage.join(root, "runs")):
+        folder = f"runs/{run}/validation"
+        for file in storage.list_files(storage.join(root, folder)):
+            if not file.endswith(".png"):
+                continue
+            try:
+                shown = read_shown_rows(storage.read_bytes(storage.join(root, folder, file))) or []
+            except PermissionError:
+                raise
+            except Exception as error:  # Pillow has errors of its own for damaged and for huge images
+                _log.warning("forget: %s/%s may show images that are taken down: %s\nhint: python -m jobs rm %s", folder,
+                             file, storage.first_line(error), folder)
+                continue
+            if any(row["sha256"] in hashes for row in shown):
+                showing.append(folder)
+                break
     return showing
 
 

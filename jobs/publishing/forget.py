@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jobs.publishing.consumers import find_consumers, find_exports_showing, find_samples_showing
+from jobs.publishing.consumers import find_consumers, find_exports_showing, find_grids_showing, find_samples_showing
 from jobs.publishing.whole_versions import find_replacement
 from jobs.telemetry.output import fit_commands
 from jobs.telemetry.units import format_count
@@ -106,15 +106,16 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
         takedown_list.add_takedowns(root, wanted, note)  # before anything is hidden: a running rebuild may still see it
         touched = apply_takedowns(root, unreadable, wanted, hashes)
     hashes |= wanted.sha256
-    report, samples = storage.join(root, "report.html"), list[str]()
+    report, samples, grids = storage.join(root, "report.html"), list[str](), list[str]()
     try:
-        samples = find_samples_showing(root, hashes)
+        samples, grids = find_samples_showing(root, hashes), find_grids_showing(root, hashes)
     except PermissionError as error:
         unreadable.note("runs", error)
     return {"sha256": sorted(wanted.sha256), "urls": sorted(wanted.urls), "domains": sorted(wanted.domains),
             "dry_run": dry_run, "found": touched, "samples": samples,
+            "validation": grids,
             "exports": [_full_label(dataset) for dataset in find_exports_showing(root, hashes)],
-            "reports": [report] if (touched or samples) and storage.exists(report) else [],
+            "reports": [report] if (touched or samples or grids) and storage.exists(report) else [],
             "unreadable": unreadable, "denied": unreadable.denied}
 
 
@@ -282,7 +283,10 @@ def _copies_text(report: dict[str, Any]) -> list[str]:
     lines = []
     if report["samples"]:
         lines.append(f"samples that show them beside the generated images: {', '.join(report['samples'])}")
-        lines.append(fit_commands(f"  to remove these: python -m jobs rm {' '.join(report['samples'])}"))
+        lines += _removals(report["samples"])
+    if report["validation"]:
+        lines.append(f"validation images that show them: {', '.join(report['validation'])}")
+        lines += _removals(report["validation"])
     for label in report["exports"]:
         folder = f"datasets/{label.replace('@', '/')}/clip-retrieval"
         lines.append(f"an export that has them: {folder}")
@@ -292,3 +296,7 @@ def _copies_text(report: dict[str, Any]) -> list[str]:
         lines.append(f"a report that may show them: {report['reports'][0]}")
         lines.append(fit_commands("  to make it again: python -m jobs report"))
     return lines
+
+
+def _removals(folders: Sequence[str]) -> list[str]:
+    return [fit_commands(f"  to remove it: python -m jobs rm {folder}") for folder in folders]

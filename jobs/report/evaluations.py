@@ -1,17 +1,14 @@
 """The evaluations and the last validation of each run."""
 
-import io
-import json
 from typing import Any
 
 from markupsafe import Markup
-from PIL import Image
 
 from jobs.evaluation import summary
 from jobs.report.collect import RootContents
 from jobs.report.render import Album, render
 from jobs.runs.metrics import read_metrics
-from jobs.runs.run import SHOWN_ROWS, Run
+from jobs.runs.run import Run, read_shown_rows
 from pipeline import storage
 
 _WIDE = 1700
@@ -65,8 +62,7 @@ def validation(root: RootContents, run: Run, album: Album) -> Markup | None:
 
 def _shows_hidden(root: RootContents, data: bytes) -> bool:
     """Whether the grid of a validation has a row that must not be shown; an older grid does not name its rows."""
-    with Image.open(io.BytesIO(data)) as grid:
-        listed = grid.info.get(SHOWN_ROWS)
-    if listed is None:
+    shown = read_shown_rows(data)
+    if shown is None:
         return bool(root.forgotten)
-    return any(root.is_hidden(row, row["database"]) for row in json.loads(listed))
+    return any(root.is_hidden(row, row["database"]) for row in shown)

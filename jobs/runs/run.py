@@ -22,9 +22,24 @@ HOPELESS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (Floatin
 _INPUTS = {"*": {"path": RootPath, "digest?": str}}
 _PLAN = {"section": {"encoder?": dict, "image_size?": int, "dataset?": str, "lineage?": _INPUTS}, "inputs?": _INPUTS}
 _FAULT = {"kind": str, "message": str, "launch": str, "at": NUMBER}
+_SHOWN = [{"database": str, "row": int, "sha256": str}]
 SHOWN_ROWS = "rows"
 """The text in a PNG of validation that names the rows which it shows."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def read_shown_rows(grid: bytes) -> list[dict[str, Any]] | None:
+    """The rows (database, row, sha256) that a PNG of validation shows; None if it was written before they were named.
+
+    OSError if it is no image, ValueError or DamagedFile if the text with the rows is damaged.
+    """
+    import io
+    import json
+
+    from PIL import Image
+    with Image.open(io.BytesIO(grid)) as image:
+        text = image.info.get(SHOWN_ROWS)
+    return None if text is None else check_shape(json.loads(text), f"the text {SHOWN_ROWS}", _SHOWN, "")
 
 
 @dataclass(frozen=True)

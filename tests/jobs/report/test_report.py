@@ -333,7 +333,9 @@ def test_hidden_rows_are_shown_nowhere(root: Path, tmp_path: Path, capsys: pytes
     before = Document(report_page(copy))
     assert all(mark in " ".join(before.values("title")) for mark in marks)
     assert "drawn in validation" in before.values("alt")
+    capsys.readouterr()
     assert main(["forget", "--key", f"line/{row['key']}", "--root", str(copy)]) == 0
+    assert f"  to remove it: python -m jobs rm runs/first/validation --root {copy}\n" in capsys.readouterr().out
     after = Document(report_page(copy))
     titles = " ".join(after.values("title"))
     assert not any(mark in titles for mark in marks) and "could not be read" not in after.text

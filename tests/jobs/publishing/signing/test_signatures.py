@@ -225,7 +225,8 @@ def test_a_stage_is_not_added_to_a_signed_version(signed: Path, keys: Path, monk
     root = signed / "root"
     monkeypatch.delenv(RELEASE_KEY)  # also where no reader checks signatures
     assert main(["embed", f"{NAME}@v2", "--captions", "--local", "--root", str(root)]) == 2
-    assert "--embed-captions --sign KEYFILE" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "--embed-captions --sign KEYFILE" in said.err and not said.out  # before any stage runs
     assert not (root / f"datasets/{NAME}/v2/text_embeddings").exists()
 
 
