@@ -163,4 +163,4 @@ fi
 $pip --no-deps --no-build-isolation --editable .
 stop_beat
 printf '%s\n%s\n' "$state" "$here" >"$done_file"
-say "done; next: . $venv/bin/activate, then rdm --help"
+say "done. To call rdm in this shell: . $venv/bin/activate"

@@ -1,5 +1,6 @@
 """Checks of the place of a root, by its name and the names of its files. They import nothing heavy."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -8,14 +9,25 @@ from pipeline import storage
 
 FOLDERS = frozenset({"datasets", "runs", "pictures", "published", "takedowns"})
 """Folders of a root. A folder with one of them is a root."""
-_SHOWN_NAMES = 3
+SHOWN_NAMES = 3
+_MOST_FOLDERS = 100  # to look into for roots
 _log = logging.getLogger(__name__)
 
 
 def other_files(root: str) -> str:
     """The first names in a folder that is no root; "" for a root, an empty folder or none. One listing."""
     names = storage.list_names(storage.normalize(root))
-    return "" if FOLDERS.intersection(names) else ", ".join(names[:_SHOWN_NAMES])
+    return "" if FOLDERS.intersection(names) else ", ".join(names[:SHOWN_NAMES])
+
+
+def roots_below(root: str) -> list[str]:
+    """The folders of a local folder that are roots, among its first ones."""
+    roots = []
+    for name in storage.list_folders(storage.normalize(root))[:_MOST_FOLDERS]:
+        folder = storage.join(root, name)
+        with contextlib.suppress(OSError, ValueError):  # a pipe, or a folder of another user
+            roots += [folder] if FOLDERS.intersection(storage.list_names(storage.normalize(folder))) else []
+    return roots
 
 
 def check_new_root(root: str, sources: Sequence[str]) -> None:

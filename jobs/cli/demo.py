@@ -40,4 +40,6 @@ def run_demo(options: DemoOptions) -> int:
                            train=lambda job: train(job, options.cluster, local=options.common.local))
     if report:
         output.print_text(report)
+        if not output.wants_json(False):
+            output.print_next("python -m jobs ls")
     return 0

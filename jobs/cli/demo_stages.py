@@ -11,7 +11,7 @@ from jobs.report import report
 from jobs.runs.newest_run import DEMO_RUN
 from jobs.runs.run import Run
 from jobs.sampling.sample_stage import Sampling
-from jobs.telemetry import output
+from jobs.telemetry import heartbeat, output
 from jobs.telemetry.observe import run_observed
 from jobs.telemetry.units import format_bytes
 from jobs.training.export import BUNDLED, BUNDLED_RUN, import_run
@@ -80,7 +80,6 @@ def make_demo(root: str, settings: Settings, runner: Runner, *, without_emoji: b
         report.write_report(root, address)
     else:
         _log.info("everything was there already")
-    _log.info("the report is %s", address)
     return address
 
 
@@ -99,7 +98,7 @@ def _seal(stage: Stage, runner: Runner) -> bool:
     if storage.exists(storage.join(stage.folder, "manifest.json")):
         prepare(stage)
         return False
-    manifest = run_observed(stage, runner, name=f"{stage.name} {stage.path}")
+    manifest = run_observed(stage, runner, name=stage.path)
     totals, info = manifest["totals"], manifest["info"]
     _log.info("%s: %d samples, %s%s", stage.path, totals["samples"], format_bytes(totals["bytes"]),
               f", {info['key']}, recall@10 {info['recall_at_10']}" if info.get("recall_at_10") is not None else "")
@@ -112,7 +111,8 @@ def _pictures(root: str, settings: Settings, without_emoji: bool) -> DemoCorpus:
     there = [name for name in ("emoji", "drawn") if storage.exists(storage.join(root, "pictures", name, "plan.json"))]
     if not without_emoji and "drawn" not in there:
         try:
-            emoji.fetch(cache)
+            with heartbeat.doing("fetching the emoji with npm"):
+                emoji.fetch(cache)
             _log.info("corpus: emoji in eight styles, fetched with npm into %s", cache)
             return DemoCorpus(root, replace(settings.pictures, corpus="emoji"), cache)
         except emoji.NpmUnavailable as error:

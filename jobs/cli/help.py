@@ -13,7 +13,7 @@ from dataclasses import fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from jobs.cli.parse import GROUPS, VERBS, default_options, load_verb
+from jobs.cli.parse import GROUPS, PROGRAM_FLAGS, VERBS, default_options, load_verb
 from jobs.config.field_docs import field_docs
 from jobs.telemetry import output
 from jobs.telemetry.output import PROGRAM
@@ -222,7 +222,7 @@ def complete(words: Sequence[str]) -> list[str]:
     if named and current.startswith("-"):
         found = sorted(list_flags(verb or "submit"))
     elif not verb:
-        found = [*VERBS] if named else [*VERBS, "--help", "--version", "--completion"]
+        found = [*VERBS] if named else [*VERBS, *PROGRAM_FLAGS]
     elif previous == "--recipe":
         from jobs.config.recipes import RECIPES  # the settings of all networks, which no help needs
         found = [*RECIPES]

@@ -195,6 +195,8 @@ def run_verify(options: VerifyOptions) -> int:
         else:
             output.print_text(f"{fault['path']}: {fault['fault']}")
     _log.info("verify: %d folders read, %d faults", len(folders), len(faults))
+    if keys.accepted and current and not (chain or only):
+        _log.info("verify: every published version has a signature by %s", " or ".join(keys.fingerprints))
     if not folders and not chain:
         raise ValueError(f"nothing is sealed in {storage.join(root, only)}\nhint: python -m jobs status, which lists "
                          f"what is in a root")

@@ -173,7 +173,7 @@ class SampleOptions:
     examples: ClassVar = ("sample 'red apple' 'a tree' --database noto",
                           "sample emoji_32 --image apple.jpg --database noto:3+openmoji:1 --seed 7")
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=(
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|PROMPT", help=(
         "Name of the run, if --prompt, --prompts, --image or --unconditional is given. Otherwise all words are "
         "prompts, and the run is the newest finished one with the encoder of the database, or else the bundled "
         "model."))]

@@ -6,11 +6,12 @@ import difflib
 import importlib
 import io
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from jobs.checks.place import check_new_root, other_files
+from jobs.checks.place import FOLDERS, SHOWN_NAMES, check_new_root, other_files, roots_below
 from jobs.cli.options import CommonOptions, StageOptions
 from jobs.telemetry.output import PROGRAM
 from pipeline import storage
@@ -39,6 +40,8 @@ GROUPS = {"build": ("demo", "style", "recipes", "pipeline", "shard", "embed", "s
           "watch": ("ls", "show", "status", "report", "verify"),
           "operate": ("init", "doctor", "submit", "plan")}
 """The verbs by purpose, as the help lists them."""
+PROGRAM_FLAGS = ("--help", "--help-all", "--version", "--completion")
+"""The flags that stand in place of a verb."""
 _READ_A_SOURCE = {"style", "rebuild", "pipeline"}
 """Verbs that need a source."""
 _READ_A_ROOT = {"embed", "score", "index", "neighbors", "latents", "train", "evaluate", "export", "search", "sample",
@@ -78,25 +81,39 @@ def parse_command(arguments: Sequence[str], *, read_root: bool = False,
     def parse(change: Change | None = None) -> Any:
         return tyro.cli(kind, args=flags, default=default_options(kind, flags, change), prog=f"{PROGRAM} {verb}")
 
-    shown = [storage.escape_controls(flag) for flag in flags]
-    if shown != flags:  # tyro prints words as they are if it refuses them
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            try:
-                parse()
-            except SystemExit:
-                flags = shown
-    try:
-        options = parse()
-    except SystemExit as error:
-        if error.code == 2:  # tyro has named the fault
-            _log.info("for example: %s %s", PROGRAM, kind.examples[0])  # type: ignore[attr-defined]
-        raise
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            options = parse()
+        except SystemExit:
+            options = None
+    if options is None:
+        _refuse_unknown_flags(verb, flags)
+        flags = [storage.escape_controls(flag) for flag in flags]  # tyro prints words as they are if it refuses them
+        try:
+            options = parse()
+        except SystemExit as error:
+            if error.code == 2:  # tyro has named the fault
+                _log.info("for example: %s %s", PROGRAM, kind.examples[0])  # type: ignore[attr-defined]
+            raise
     if check:
         check(verb, options)
     if read_root and hasattr(options, "read_published_settings") and (past := options.read_published_settings()):
         without, options = options, parse(past.apply)
         past.log_differences(verb, without, options)
     return run, options
+
+
+def _refuse_unknown_flags(verb: str, words: Sequence[str]) -> None:
+    """ValueError if a verb does not have a flag that the command names."""
+    from jobs.cli.help import list_flags
+    flags = list_flags(verb)
+    for word in words[:words.index("--")] if "--" in words else words:
+        flag = word.partition("=")[0]
+        if not re.fullmatch(r"--[A-Za-z][\w.-]*", flag) or flag.lower().replace("_", "-") in flags:
+            continue
+        close = difflib.get_close_matches(flag, sorted(flags), n=1)
+        hint = f"did you mean {close[0]}?" if close else f"python -m jobs {verb} --help-all"
+        raise ValueError(f"{verb} has no flag {flag}\nhint: {hint}")
 
 
 def check_options(verb: str, options: Any) -> None:
@@ -123,27 +140,42 @@ def _check_root(verb: str, options: Any) -> None:
     root = options.common.root if hasattr(options, "common") else ""
     if not root:
         return
+    is_waiting = any(getattr(options, name, None) for name in ("watch", "serve"))
     if not storage.is_local(root):
         if hasattr(options, "shard"):
             check_new_root(root, options.shard.source)
-        if verb in _LOOK and not any(getattr(options, name, None) for name in ("watch", "serve")):
+        if verb in _LOOK and not is_waiting:
             _check_answer(root)
+        if verb in _READ_A_ROOT and not is_waiting:
+            _check_store_root(root)
         return
     folder = storage.local_path(root)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the root {root} is a file: expected a folder\nhint: --root FOLDER")
-    is_server = hasattr(options, "serve") and options.serve  # it may start before the root is made
     if verb not in _READ_A_ROOT:
         if verb in _MAKES_A_ROOT:
             check_new_root(root, options.shard.source if hasattr(options, "shard") else ())
         return
-    if is_server:
+    if getattr(options, "serve", None):  # it may start before the root is made
         return
     names = other_files(root)
     if names or not folder.is_dir():
         got = f"a folder with {names}" if names else "no folder"
-        raise ValueError(f"{root} is no root: expected a folder with datasets or runs, got "
-                         f"{got}\nhint: --root FOLDER, the one that pipeline or shard wrote into")
+        inner = roots_below(root)
+        known = storage.quote(inner[0]) if inner else "FOLDER, the one that pipeline or shard wrote into"
+        raise ValueError(f"{root} is no root: expected a folder with datasets or runs, got {got}\nhint: --root {known}")
+
+
+def _check_store_root(root: str) -> None:
+    """ValueError if nothing is at a root in a store, or only other objects."""
+    try:
+        names = storage.list_names(storage.normalize(root))
+    except OSError as error:  # the keys may allow to read objects, and not to list them
+        _log.debug("the root is not listed: %s", error)
+        return
+    if not FOLDERS.intersection(names):
+        raise ValueError(f"{root} is no root: expected datasets/ or runs/ there, got "
+                         f"{', '.join(names[:SHOWN_NAMES]) or 'nothing'}\nhint: --root s3://BUCKET/PREFIX")
 
 
 def _check_answer(root: str) -> None:
@@ -203,9 +235,10 @@ def flags_of(verb: str, words: Sequence[str]) -> Sequence[str]:
 def load_verb(verb: str) -> tuple[type, Run]:
     """The options class and the function of a verb. Imports only the module of the verb."""
     if verb not in VERBS:
-        close = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(VERBS)}"
-        raise ValueError(f"there is no verb {verb!r}\nhint: {hint}")
+        kind, known = ("flag", PROGRAM_FLAGS) if verb.startswith("-") else ("verb", VERBS)
+        close = difflib.get_close_matches(verb, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}"
+        raise ValueError(f"there is no {kind} {verb!r}\nhint: {hint}")
     module = importlib.import_module(f"jobs.cli.{VERBS[verb]}")
     return getattr(module, f"{verb.capitalize()}Options"), getattr(module, f"run_{verb}")
 

@@ -221,9 +221,9 @@ def _detail(state: dict[str, Any]) -> str:
         return f"rebuilt since: {', '.join(state['changed'])}"
     if "samples" in state:
         return "; ".join(filter(None, [
-            f"{state['samples']} parameters" if state.get("stage") in COUNT_PARAMETERS else
-            f"{state['samples']} rows hidden" if state.get("stage") == "tombstones" else
-            f"{state['samples'] - state.get('removed', 0)} samples, {format_bytes(state['bytes'])}",
+            format_count(state["samples"], "parameter") if state.get("stage") in COUNT_PARAMETERS else
+            f"{format_count(state['samples'], 'row')} hidden" if state.get("stage") == "tombstones" else
+            f"{format_count(state['samples'] - state.get('removed', 0), 'sample')}, {format_bytes(state['bytes'])}",
             f"{state['removed']} removed" if state.get("removed") else "",
             progress_bar.describe_losses(state, state["path"]),
             progress_bar.describe_devices(state.get("devices", {})),

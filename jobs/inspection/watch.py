@@ -15,7 +15,7 @@ from pipeline.stages.types import count_row_failures
 
 _TITLE = 4
 """Cells that name a stage and its state."""
-_HEAD = ("dataset", "version", "stage", "state", "done", "rate", "time", "failures, left out")
+_HEAD = ("dataset, run", "version", "stage", "state", "done", "rate", "time", "failures, left out")
 
 
 def watch_root(root: str, *, as_json: bool = False, every: float = 0.0) -> None:
@@ -105,12 +105,15 @@ def snapshot_text(now: dict[str, Any]) -> str:
 def _published_cells(name: str, pointer: dict[str, Any]) -> tuple[str, ...]:
     recall = pointer.get("recall@10")
     age = f"{format_duration(time.time() - pointer['published'])} ago" if pointer.get("published") else ""
-    return (name, f"{pointer['version']}*", "published", age, "", "", "",
+    return (name, f"{pointer['version']}*", "", "published", "", "", age,
             f"recall@10 {recall:.4f}" if isinstance(recall, float) else "")
 
 
 def _stage_name(row: dict[str, Any]) -> str:
-    return f"{row['stage']} {row['run']}" if row["dataset"] and row["run"] else row["stage"]
+    run = row["run"] if row["dataset"] else ""
+    kind, _, *below = row["path"].split("/")
+    part = below[-1] if kind == "runs" and below else ""
+    return " ".join(filter(None, (row["stage"], run, part)))
 
 
 def _done_text(row: dict[str, Any]) -> str:

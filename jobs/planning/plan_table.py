@@ -181,7 +181,7 @@ def _document(build: Build, stages: list[Cost], prices: Prices) -> dict[str, Any
 def _stages(costed_builds: list[tuple[Build, list[Cost]]], prices: Prices) -> list[list[str]]:
     """A row for each stage; of several builds, with the numbers that tell them apart in front."""
     several = len(costed_builds) > 1
-    rows = [[*(("pictures", "database") if several else ()), "stage", "on", "#hours", "#worker hours", "#read",
+    rows = [[*(("images", "database") if several else ()), "stage", "on", "#hours", "#worker hours", "#read",
              "#written", "#kept", *(("#money",) if prices.has_any else ())]]
     for build, stages in costed_builds:
         front = [[_count(build.pictures), _count(build.rows) if build.rows else "itself"], *[["", ""]] * len(stages)]
@@ -207,7 +207,7 @@ def _worker_hours(counted: list[Cost]) -> str:
 
 def _totals(costed_builds: list[tuple[Build, list[Cost]]], prices: Prices) -> list[list[str]]:
     """A row for each build, with the worker hours of its stages."""
-    rows = [["pictures", "database", *(f"#{cost.stage}" for cost in costed_builds[0][1]), "#hours in all",
+    rows = [["images", "database", *(f"#{cost.stage}" for cost in costed_builds[0][1]), "#hours in all",
              "#read", "#written", *(("#money",) if prices.has_any else ())]]
     for build, stages in costed_builds:
         counted = stages_in_total(build, stages)

@@ -157,7 +157,8 @@ def read(file: str) -> Rates:
     try:
         document = storage.parse_json(Path(file).read_bytes(), file)
     except OSError as error:
-        raise ValueError(f"cannot read the rates {file}: {error.strerror}") from None
+        raise ValueError(f"cannot read the rates {file}: {error.strerror}\n"
+                         f"hint: python -m jobs plan --measure {file}, which writes such a file") from None
     except storage.DamagedFile as error:
         raise ValueError(f"{storage.first_line(error)}\nhint: python -m jobs plan --measure FILE, which writes a "
                          f"file of rates") from None

@@ -72,9 +72,9 @@ def find_grids_showing(root: str, hashes: Collection[str]) -> list[str]:
                 shown = read_shown_rows(storage.read_bytes(storage.join(root, folder, file))) or []
             except PermissionError:
                 raise
-            except Exception as error:  # Pillow has errors of its own for damaged and for huge images
-                _log.warning("forget: %s/%s may show images that are taken down: %s\nhint: python -m jobs rm %s", folder,
-                             file, storage.first_line(error), folder)
+            except Exception as error:  # Pillow raises its own errors for damaged and huge images
+                _log.warning("forget: %s/%s may show images that are taken down: %s\nhint: python -m jobs rm %s",
+                             folder, file, storage.first_line(error), folder)
                 continue
             if any(row["sha256"] in hashes for row in shown):
                 showing.append(folder)

@@ -271,6 +271,8 @@ def forget_text(report: dict[str, Any]) -> str:
             lines.append(f"  runs that used it: {', '.join(entry['runs'])}")
     lines += _copies_text(report)
     names = sorted({entry["dataset"].split("@")[0] for entry in report["found"]})
+    lines.append("copies outside of datasets/ and runs/ are not known, such as those that show and credits --sheet "
+                 "wrote")
     lines.append("the shards keep their bytes until the next version; training leaves them out from its next start, "
                  "the weights of runs do not change")
     lines += [fit_commands(f"  to remove the bytes: python -m jobs rebuild {name} --source SOURCE; then "

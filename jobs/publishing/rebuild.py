@@ -285,7 +285,7 @@ class Rebuild:
                 storage.put_json([gate.document() for gate in results],
                                  storage.join(before.folder, dataset.version, "gates.json"))
                 kept = f"{before.version} stays published" if before.version else "nothing is published"
-                raise GatesFailed(f"rebuild: {dataset.name}@{dataset.version} is not published: "
+                raise GatesFailed(f"{dataset.name}@{dataset.version} is not published: "
                                   f"{'; '.join(map(str, failed))}: {kept}\nhint: check the source; if the version is "
                                   f"right, {' and '.join(gate.cure for gate in failed)}")
             shards = dataset.manifest("shards")
@@ -330,6 +330,8 @@ class Rebuild:
         elif not self.before.sign_again():
             raise StageFailed(f"another command published a version of {self.name} meanwhile\n"
                               f"hint: run the same command again")
+        else:
+            _log.info("rebuild: %s@%s has a signature by this key now", self.name, self.before.version)
 
     def _has_other_scores(self) -> bool:
         """Whether the published version lacks a score or vectors of captions, or hides rows for another reason."""

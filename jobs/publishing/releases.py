@@ -101,6 +101,7 @@ def versions_table(versions: list[dict[str, Any]]) -> str:
         change = ", ".join(f"{count} {what}" for what, count in (version["change"] or {}).items() if count)
         state = next((word for word in ("damaged", "published", "removed", "rolled_back", "released") if version[word]),
                      "not published").replace("_", " ")
+        state = "earlier" if state == "released" and version["in_history"] else state
         state = "not in the history" if state == "released" and not version["in_history"] else state
         state = describe_failed_gates(version.get("failed_gates", ())) or state
         date = "" if version["at"] is None else f"published {format_time(version['at'])}"
@@ -165,6 +166,12 @@ def _choose_version(current: Published) -> str:
                           f"hint: {find_way_back(current)}")
     published = {document["version"] for document in current.history()} - list_publications(current).keys()
     other_keys = [version for version in current.versions() if version in published]
+    signatures = {document["version"]: "signature" in document for document in current.history()}
+    if not version and other_keys and not any(signatures[other] for other in other_keys):
+        raise ValueError(f"{', '.join(other_keys)} of {current.name} has no signature, and there is no other version "
+                         f"before {current.version}\n"
+                         f"hint: python -m jobs rollback {current.name} --to {other_keys[-1]} --accept-unsigned --sign "
+                         f"KEYFILE")
     if not version and other_keys:
         raise ValueError(f"no accepted key has signed {', '.join(other_keys)} of {current.name}, and there is no other "
                          f"version before {current.version}\n"

@@ -29,7 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def read_shown_rows(grid: bytes) -> list[dict[str, Any]] | None:
-    """The rows (database, row, sha256) that a PNG of validation shows; None if it was written before they were named.
+    """The rows (database, row, sha256) that a PNG of validation shows; None for an old file that does not name them.
 
     OSError if it is no image, ValueError or DamagedFile if the text with the rows is damaged.
     """

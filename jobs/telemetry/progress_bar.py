@@ -58,6 +58,8 @@ def _show_tally(line: LiveLine, now: dict[str, Any]) -> None:
 def describe_progress(now: dict[str, Any]) -> str:
     """The counts of a tally in one line."""
     total = f" of {now['of_rows']}" if now["of_rows"] else ""
+    if not (now["rows"] or now["items"] or now["skipped"]):
+        return f"0 of {now['of_items']} items{total and f', 0{total} rows'}, workers start or work on the first ones"
     again = f" ({now['retried']} tried again)" if now["retried"] else ""
     unfinished = now["seconds_left"] and now["items"] < now["of_items"]
     time_left = f", {format_duration(now['seconds_left'])} left" if unfinished else ""

@@ -76,10 +76,10 @@ def format_duration(seconds: float | None) -> str:
 
 
 def format_hours(seconds: float) -> str:
-    """A duration as a bare number of hours, for columns of (worker) hours; below 3.6 s in seconds, with the unit."""
+    """A duration as a bare number of hours, for columns of (worker) hours."""
     hours = seconds / _HOUR
-    if hours < 0.001:
-        return f"{seconds:.2g} s"
+    if 0 < hours < 0.0001:
+        return "<0.0001"
     return f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"
 
 

@@ -133,7 +133,7 @@ def test_setup_repeats_nothing_and_installs_a_changed_lock(machine: Machine) -> 
     with (machine.repository / "requirements.lock").open("a") as lock:
         lock.write("six==1.17.0\n")
     said = machine.setup().stderr
-    assert re.fullmatch(r"setup: installing the packages of .*\nsetup: done; next: \. .venv/bin/activate, .*\n", said)
+    assert re.fullmatch(r"setup: installing the packages of .*\nsetup: done\. .*: \. .venv/bin/activate\n", said)
     assert machine.log.read_text() == installed
     assert machine.setup().stderr == "" and machine.log.read_text() == ""
 
@@ -151,7 +151,7 @@ def test_pip_replaces_a_failing_uv_and_a_failed_install_is_resumed(machine: Mach
     assert "the packages could not be installed. hint: " in result.stderr
     assert result.returncode != 0  # does not count as complete
     (machine.broken / "pip").unlink()
-    assert machine.setup().stderr.endswith("setup: done; next: . .venv/bin/activate, then rdm --help\n")
+    assert machine.setup().stderr.endswith("setup: done. To call rdm in this shell: . .venv/bin/activate\n")
     assert machine.setup().stderr == ""
 
 

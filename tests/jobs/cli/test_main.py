@@ -362,6 +362,28 @@ def test_a_verb_without_its_arguments_prints_an_example(caplog: pytest.LogCaptur
     assert "for example: python -m jobs init photographs settings.toml" in caplog.text
 
 
+@pytest.mark.parametrize(("words", "message", "hint"), [
+    (["--verison"], "there is no flag '--verison'", "did you mean --version?"),
+    (["train", "x", "--stps", "5"], "train has no flag --stps", "did you mean --steps?"),  # and --dataset is missing
+    (["style", "--sorce", "y", "mine"], "style has no flag --sorce", "did you mean --source?"),
+    (["style", "mine", "--image_sise=8"], "style has no flag --image_sise", "did you mean --image-size?"),
+    (["submit", "--adress", "x", "ls"], "submit has no flag --adress", "did you mean --address?"),
+    (["ls", "--wxyz"], "ls has no flag --wxyz", "python -m jobs ls --help-all")])
+def test_a_mistyped_flag_is_named(words: list[str], message: str, hint: str,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", f"error: {message}\nhint: {hint}\n")
+
+
+def test_a_folder_of_roots_is_no_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data/demo/datasets").mkdir(parents=True)
+    (tmp_path / "data/other").mkdir()
+    (tmp_path / "data/lost").symlink_to(tmp_path / "nowhere")
+    assert main(["ls", "--root", str(tmp_path / "data")]) == 2
+    assert f"got a folder with demo, lost, other\nhint: --root {tmp_path}/data/demo\n" in capsys.readouterr().err
+
+
 def test_each_prompt_is_one_argument() -> None:
     _, options = parse_command(["sample", "a rocket", "a flower", "--database", "art"])
     assert (options.run, options.words) == ("a rocket", ("a flower",))

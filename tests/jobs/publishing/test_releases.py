@@ -47,7 +47,7 @@ def test_a_version_that_was_rolled_back_is_not_published_again(place: Path, caps
     assert f"hint: python -m jobs versions {NAME} --root {root}" in capsys.readouterr().err
     assert main(["versions", NAME, "--root", root]) == 0
     lines = capsys.readouterr().out.splitlines()[-3:]
-    assert [re.split("  +", line)[:2] for line in lines] == [["v1", "released"], ["v2", "published"],
+    assert [re.split("  +", line)[:2] for line in lines] == [["v1", "earlier"], ["v2", "published"],
                                                              ["v3", "rolled back"]]
     assert len({line.index(re.split("  +", line)[1]) for line in lines}) == 1  # aligned
     day = time.strftime("%Y-%m-%d", time.gmtime())

@@ -59,8 +59,8 @@ def test_a_duration_is_right_to_its_last_unit(value: float) -> None:
 
 
 def test_hours_are_bare_numbers() -> None:
-    assert [format_hours(value) for value in (0, 1.8, 36, 3600, 36_000 - 36, 36_000, 3.6e7)] == [
-        "0 s", "1.8 s", "0.01", "1", "10", "10", "10,000"]
+    assert [format_hours(value) for value in (0, 0.1, 1.8, 36, 3600, 36_000 - 36, 36_000, 3.6e7)] == [
+        "0", "<0.0001", "0.0005", "0.01", "1", "10", "10", "10,000"]
 
 
 def test_shares_are_from_0_to_100_and_100_only_if_nothing_is_missing() -> None:

@@ -71,7 +71,7 @@ def test_a_copy_in_the_place_of_an_entry_does_not_stand_for_it(third: Path, caps
     assert main(["repair", NAME, "--root", root]) == 0
     assert _entry(third, 1).read_bytes() == first and not _entry(third, 2).exists()
     assert main(["verify", "--quick", "--root", root]) == 0
-    assert _table(root, capsys) == {"v1": "released", "v2": "not in the history", "v3": "published"}
+    assert _table(root, capsys) == {"v1": "earlier", "v2": "not in the history", "v3": "published"}
     assert [version["in_history"] for version in list_versions(root, NAME)] == [True, False, True]
 
 
