@@ -117,7 +117,7 @@ def train(job: "Job", cluster: ClusterConfig, *, local: bool, overwrite: bool = 
     from jobs.cluster.gpus import check_gpus
     from jobs.runs.labels import run_labels
     from jobs.telemetry import logs
-    from jobs.training.train_stage import Training
+    from jobs.training.train_stage import Training, hold_training
     from pipeline.stages.manifest import read_manifest
     from pipeline.stages.plan import hold_folder, prepare, replace_plan
     with logs.label_events(run_labels(job.dataset.name, job.dataset.version, job.run.name)):
@@ -136,7 +136,7 @@ def train(job: "Job", cluster: ClusterConfig, *, local: bool, overwrite: bool = 
             _log.info("train: the run %s was planned with other settings and never made a step; its name is free",
                       job.run.name)
             overwrite = True
-        with hold_folder(training, exclusive=overwrite) as lease:
+        with hold_folder(training, exclusive=overwrite) as lease, hold_training(job.run):
             if overwrite:
                 replace_plan(training)
                 lease.share()

@@ -162,8 +162,9 @@ def _check_root(verb: str, options: Any) -> None:
     if names or not folder.is_dir():
         got = f"a folder with {names}" if names else "no folder"
         inner = roots_below(root)
-        known = storage.quote(inner[0]) if inner else "FOLDER, the one that pipeline or shard wrote into"
-        raise ValueError(f"{root} is no root: expected a folder with datasets or runs, got {got}\nhint: --root {known}")
+        known = f"--root {storage.quote(inner[0])}" if inner else "--root FOLDER, the one that a stage wrote into"
+        raise ValueError(f"{root} is no root: expected a folder with datasets or runs, got "
+                         f"{got}\nhint: {known}")
 
 
 def _check_store_root(root: str) -> None:

@@ -55,7 +55,7 @@ _EXCEPTION = re.compile(r"^[\w.]+(Error|Failed|Exception|DeviceUnavailable): ")
 _RAY = """
 from jobs.cluster.connect import cluster_resources
 there = cluster_resources()
-print(f"{there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs")
+print(f"{there.get('CPU', 0):g} logical CPUs, {there.get('GPU', 0):g} GPUs")
 """
 _processes: set["subprocess.Popen[str]"] = set()  # those of the checks that run
 

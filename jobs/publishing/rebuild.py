@@ -396,6 +396,7 @@ def _made(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal) -> dict[st
     if rebuild.unchanged(dataset, diff):
         return {"dataset": rebuild.name, "published": rebuild.before.version, "unchanged": True, **counts}
     rebuild.build(dataset, diff, seal)
-    reused = dataset.manifest("embeddings")["info"]["reused"]
-    return {"dataset": rebuild.name, **rebuild.publish(dataset), **counts, "reused": reused,
-            "embedded": dataset.manifest("shards")["totals"]["samples"] - reused}
+    totals, reused = dataset.manifest("shards")["totals"], dataset.manifest("embeddings")["info"]["reused"]
+    left_out = {"left_out": totals["skipped"]} if totals["skipped"] else {}
+    return {"dataset": rebuild.name, **rebuild.publish(dataset), **counts, **left_out, "reused": reused,
+            "embedded": totals["samples"] - reused}

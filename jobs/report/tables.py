@@ -62,7 +62,7 @@ def _run_numbers(root: RootContents, run: Run) -> list[tuple[str, str]]:
     steps = ((root.plan(run.path) or {}).get("section", {}).get("train") or {}).get("steps")
     of_all = f" of {format_count(steps)}" if steps and steps != lines[-1]["step"] else ""
     return [(format_count(lines[-1]["step"]), f"training steps{of_all}{of_run}"),
-            (format_number(_final_loss(lines)), f"loss at the end{of_run}")]
+            (format_number(_final_loss(lines)), f"mean loss of the last tenth{of_run}")]
 
 
 def _percent(kept: int, lost: int) -> str:

@@ -51,7 +51,7 @@ def _show_tally(line: LiveLine, now: dict[str, Any]) -> None:
                          else (now["items"], now["of_items"], "items"))
     time_left = f", {format_duration(now['seconds_left'])} left" if now["seconds_left"] and done < total else ""
     line.show(done, total, f"{format_share(done, total, 0):>4}  {done} of {total} {unit}{time_left}, "
-                           f"{now['rows_per_s']:.0f} rows/s, {_good_share(now)}{format_bytes(now['bytes'])}",
+                           f"{format_number(now['rows_per_s'])} rows/s, {_good_share(now)}{format_bytes(now['bytes'])}",
               _describe_failures(now))
 
 
@@ -64,7 +64,7 @@ def describe_progress(now: dict[str, Any]) -> str:
     unfinished = now["seconds_left"] and now["items"] < now["of_items"]
     time_left = f", {format_duration(now['seconds_left'])} left" if unfinished else ""
     return (f"{now['items']} of {now['of_items']} items, {now['rows']}{total} rows{again}, "
-            f"{now['rows_per_s']:.0f} rows/s, {_rest(now)}{time_left}")
+            f"{format_number(now['rows_per_s'])} rows/s, {_rest(now)}{time_left}")
 
 
 def describe_steps(now: dict[str, Any]) -> str:

@@ -1,6 +1,9 @@
 """A training run as a stage, and the job that its processes receive."""
 
-from collections.abc import Sequence
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +18,9 @@ from pipeline.embeddings.embed import dataset_encoder
 from pipeline.media.resize import decode_pixels
 from pipeline.stages.plan import read_claim
 from pipeline.stages.stage import Stage, fingerprint
-from pipeline.stages.types import Item, Output
+from pipeline.stages.types import Item, Output, StageFailed
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,31 @@ class Job:
     """The dataset of validation. It does not change the run, so it is not part of its fingerprint."""
     trackers: tuple[str, ...] = ()
     """The names of trackers. Without any it is wandb. They are not part of the fingerprint either."""
+
+
+@contextlib.contextmanager
+def hold_training(run: Run) -> Iterator[None]:
+    """Be the only command that trains a run. StageFailed if another one does.
+
+    A command on another machine may have been killed. So this waits until its lease would have ended.
+    """
+    lease = storage.Lease(run.root, f"training/{run.name}", exclusive=True)  # outside of the run: others read it
+    patience = time.monotonic() + storage.EXPIRE_S + storage.RENEW_S
+    waits = False
+    while True:
+        try:
+            lease.acquire()
+            break
+        except storage.LeaseConflict as error:
+            if error.holder.is_on_this_machine or time.monotonic() > patience:
+                raise StageFailed(f"train: {storage.LeaseConflict(run.folder, error.holder)}") from None
+            if not waits:
+                _log.info("train: %s holds the run %s; waiting until it ends or its lease does", error.holder, run.name)
+            waits = True
+    try:
+        yield
+    finally:
+        lease.release()
 
 
 class Training(Stage):

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -245,7 +246,12 @@ class FolderSource(Source):
             _log.info("%s: %d rows of img2dataset have no image, because it could not get them", self.base,
                       self.earlier_failures)
         if files.ignored:
-            _log.info("%s: files that are ignored: %s", self.base, count_text(files.ignored))
+            _report_ignored(self.base, count_text(files.ignored))
+
+
+@lru_cache(64)  # one line for all datasets of the demo, which have one source
+def _report_ignored(folder: str, counts: str) -> None:
+    _log.info("%s: files that are ignored: %s", folder, counts)
 
 
 _EMPTY_CAPTION = "caption_missing: the table has an empty text"

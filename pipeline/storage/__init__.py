@@ -57,7 +57,16 @@ from pipeline.storage.files import (
     summarize_file,
 )
 from pipeline.storage.hashing import describe_file, digest, name_by_content
-from pipeline.storage.lease import Holder, Lease, LeaseConflict, find_holders, hold_lease, remove_ended_leases
+from pipeline.storage.lease import (
+    EXPIRE_S,
+    RENEW_S,
+    Holder,
+    Lease,
+    LeaseConflict,
+    find_holders,
+    hold_lease,
+    remove_ended_leases,
+)
 from pipeline.storage.leftovers import remove_unfinished
 from pipeline.storage.listings import (
     glob,
@@ -73,6 +82,8 @@ from pipeline.storage.private_folder import make_private_folder
 from pipeline.storage.remembered import forget_reads, remember_reads
 
 __all__ = [
+    "EXPIRE_S",
+    "RENEW_S",
     "DamagedFile",
     "FileTooLarge",
     "Holder",

@@ -60,6 +60,11 @@ class Holder:
         return self.machine == _machine() and _process_start(self.pid) != self.started
 
     @property
+    def is_on_this_machine(self) -> bool:
+        """Whether this is a process of this machine, boot and container."""
+        return self.machine == _machine()
+
+    @property
     def is_this_process(self) -> bool:
         """Whether this process holds it."""
         return self.machine == _machine() and self.pid == os.getpid()

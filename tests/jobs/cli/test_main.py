@@ -140,9 +140,7 @@ def test_an_error_without_a_text_is_named(error, code, words: str, tmp_path: Pat
 
 
 def test_an_unknown_flag_is_invalid_usage(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["status", "--rooot", str(tmp_path)])
-    assert stopped.value.code == 2
+    assert main(["status", "--rooot", str(tmp_path)]) == 2
 
 
 def test_other_settings_on_a_sealed_folder_are_refused_by_name(tmp_path: Path, capsys) -> None:
@@ -171,8 +169,9 @@ def test_the_old_spelling_of_overwrite_works_and_is_hidden(tmp_path: Path, capsy
     assert main(["shard", "--help-all"]) == 0
     shown = capsys.readouterr().out
     assert "--overwrite" in shown and "--rebuild" not in shown
-    with pytest.raises(SystemExit):  # the verb `rebuild` makes a version, and never had the flag
-        main(["rebuild", "some", "--rebuild", "--source", str(tmp_path / "in"), "--root", str(tmp_path / "root")])
+    # The verb `rebuild` makes a version, and never had the flag.
+    words = ["rebuild", "some", "--rebuild", "--source", str(tmp_path / "in"), "--root", str(tmp_path / "root")]
+    assert main(words) == 2
 
 
 def test_a_verb_reads_only_its_own_sections(tmp_path: Path, capsys) -> None:

@@ -26,9 +26,9 @@ SHARD = ShardConfig(image_size=32, format="png", samples_per_shard=30)
 
 
 def make_rebuild(root: Path | str, source: Path | str, shard: ShardConfig = SHARD, key: str = "",
-                 **settings: Any) -> Rebuild:
+                 name: str = NAME, **settings: Any) -> Rebuild:
     """A rebuild of a folder of synthetic images."""
-    return Rebuild(str(root), NAME, replace(shard, source=(str(source),)), EmbedConfig(),
+    return Rebuild(str(root), name, replace(shard, source=(str(source),)), EmbedConfig(),
                    IndexConfig(bytes_per_vector=288, key=key), RebuildConfig(**settings))
 
 

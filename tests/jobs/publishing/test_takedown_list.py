@@ -63,6 +63,14 @@ def test_rows_of_the_source_that_the_list_names_are_counted(place: Path) -> None
     assert rebuild(place / "root", place / "source")["filtered_by_takedown"] == 1
 
 
+def test_a_first_version_names_what_it_leaves_out(place: Path) -> None:
+    dataset = published_dataset(place / "root")
+    sha256 = metadata(dataset, dataset.manifest("shards")["items"][0], ["sha256"])[4]["sha256"]
+    assert main(["forget", "--sha256", sha256, "--root", str(place / "root")]) == 0
+    done = rebuild(place / "root", place / "source", name="other")
+    assert (done["left_out"], done["embedded"]) == ({"forgotten": 1}, done["added"] - 1)
+
+
 def test_changed_copies_are_named_and_restored(forgotten: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, copies = str(forgotten / "root"), [forgotten / f"root/takedowns/00000{number}.json" for number in (1, 2)]
     before = _change(copies[0])

@@ -126,7 +126,7 @@ def test_the_report_has_every_part(page: str):
     assert "could not be read" not in document.text and "not there" not in document.text
     assert document.text.count("held out") == 2  # the mark of one prompt, and its explanation
     assert "undecodable" in document.text or "broken" in document.text
-    for words in ("recall@10", "tiny-clip-64", "DDIM steps, guidance 2", "samples/s", "loss at the end"):
+    for words in ("recall@10", "tiny-clip-64", "DDIM steps, guidance 2", "samples/s", "mean loss of the last tenth"):
         assert words in document.text
     pictures = [attributes for name, attributes in document.tags if name == "img"]
     assert sum("noise" in (picture["title"] or "") for picture in pictures) == len(PROMPTS) * 2
@@ -200,7 +200,7 @@ def test_a_damaged_part_does_not_remove_the_others(root: Path, tmp_path: Path, p
                      r"hint: python -m jobs verify --root \S+$", said, re.MULTILINE), said
     text = Document((tmp_path / "report.html").read_text()).text
     assert "could not be read" in text
-    assert "loss at the end" in text or "The training loss over the steps" in text
+    assert "mean loss of the last tenth" in text or "The training loss over the steps" in text
     assert "36 of 36 images" in text  # the contact sheet of the other dataset
 
 

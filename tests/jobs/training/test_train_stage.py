@@ -367,6 +367,22 @@ def test_a_run_is_not_emptied_while_another_command_trains_it(root: Path, capsys
     assert main([*command, "--overwrite"]) == 0
 
 
+def test_two_commands_do_not_train_one_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run.parse(str(root), "twice")
+    command = _command(root, "twice", "--steps", "100000", "--local")
+    first = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL)
+    while not list((root / "runs/twice").glob("metrics.jsonl")):
+        assert first.poll() is None
+        time.sleep(0.05)
+    assert main(command[2:]) == 1
+    assert f"another command works on {run.folder}: process {first.pid} on " in capsys.readouterr().err
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+    step = str(len(_curve(root, "twice")) + 1)
+    assert main([*_command(root, "twice", "--steps", step, "--local")[2:]]) == 0  # the killed one does not count
+
+
 def test_validation_shows_no_hidden_row(root: Path, tmp_path: Path) -> None:
     """Neither as an image nor as a neighbor, though lists of neighbors are older; their vectors are zeros."""
     copy = Path(shutil.copytree(root, tmp_path / "copy", ignore=shutil.ignore_patterns("runs")))

@@ -107,4 +107,4 @@ def serve_commands(folder: Path, *modules: str) -> Iterator[Commands]:
         yield Commands(path)
     finally:
         server.stdin.close()
-        server.wait(30)
+        server.wait(120)
