@@ -13,7 +13,7 @@ from dataclasses import fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from jobs.cli.parse import GROUPS, PROGRAM_FLAGS, VERBS, default_options, load_verb
+from jobs.cli.verbs import GROUPS, PROGRAM_FLAGS, VERBS, default_options, load_verb
 from jobs.config.field_docs import field_docs
 from jobs.telemetry import output
 from jobs.telemetry.output import PROGRAM

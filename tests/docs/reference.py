@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from jobs.cli.help import is_used
-from jobs.cli.parse import GROUPS, default_options, load_verb
+from jobs.cli.verbs import GROUPS, default_options, load_verb
 from jobs.config.field_docs import field_docs
 from jobs.config.recipes import RECIPES
 from jobs.config.settings import Settings

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli.parse import VERBS, parse_command
+from jobs.cli.parse import parse_command
+from jobs.cli.verbs import VERBS
 from jobs.config.toml import resolve_settings
 from tests.docs.pages import PAGES, ROOT, inline_code, join_continued, read_page, split_page
 from tests.docs.reference import flags_of

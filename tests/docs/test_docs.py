@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from jobs.cli.parse import VERBS
+from jobs.cli.verbs import VERBS
 from jobs.inspection import prometheus
 from jobs.telemetry import ray_metrics
 from pipeline.layouts import known

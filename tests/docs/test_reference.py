@@ -3,7 +3,7 @@
 import pytest
 
 from jobs.cli.help import complete
-from jobs.cli.parse import GROUPS
+from jobs.cli.verbs import GROUPS
 from tests.docs import errors, reference
 
 _VERBS = [verb for verbs in GROUPS.values() for verb in verbs]

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import pytest
 
-from jobs.cli.parse import VERBS, load_verb
+from jobs.cli.verbs import VERBS, load_verb
 from jobs.config.settings import Settings
 from jobs.planning.benchmark import Trial
 from jobs.planning.config import PlanConfig

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from jobs.cli.help import complete
-from jobs.cli.parse import VERBS
+from jobs.cli.verbs import VERBS
 
 _ROOT = Path(__file__).parents[2]
 _COMMAND = re.compile(r"python -m jobs (\w+)((?:(?!; |\n|`|\)|, or |python -m jobs ).)*)")

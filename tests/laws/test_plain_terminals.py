@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli.parse import VERBS
+from jobs.cli.verbs import VERBS
 from tests.laws.golden import archives
 from tests.laws.terminal import check_verbs, run_on_terminal
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from prometheus_client import CollectorRegistry, generate_latest
 
-from jobs.cli.parse import VERBS
+from jobs.cli.verbs import VERBS
 from jobs.inspection.prometheus import RootMetrics
 from model.weights import compvis, first_stage
 from tests.laws.terminal import HOSTILE, RAW, SHOWN, check_verbs

@@ -9,7 +9,8 @@ import pytest
 from jobs.checks.place import check_new_root
 from jobs.cli.main import main
 from jobs.cli.options import DatasetName
-from jobs.cli.parse import ABOUT_ALL_VERSIONS, VERBS, load_verb
+from jobs.cli.parse import ABOUT_ALL_VERSIONS
+from jobs.cli.verbs import VERBS, load_verb
 from pipeline import storage
 from tests.pipeline import synthetic
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.main import main
-from jobs.cli.parse import VERBS
+from jobs.cli.verbs import VERBS
 from jobs.telemetry.output import fit_commands, name_root
 from pipeline import storage
 

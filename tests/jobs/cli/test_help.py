@@ -12,7 +12,8 @@ import pytest
 
 from jobs.cli import help as help_pages
 from jobs.cli.main import main
-from jobs.cli.parse import GROUPS, VERBS, load_verb, parse_command
+from jobs.cli.parse import parse_command
+from jobs.cli.verbs import GROUPS, VERBS, load_verb
 from jobs.config.field_docs import field_docs
 
 ROOT = Path(__file__).parents[3]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli.parse import VERBS
+from jobs.cli.verbs import VERBS
 
 REPOSITORY = Path(__file__).parents[3]
 HEAVY = {"PIL", "aiohttp", "boto3", "diffusers", "faiss", "jinja2", "matplotlib", "numpy", "open_clip", "pandas",

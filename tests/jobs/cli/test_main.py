@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.main import main
-from jobs.cli.parse import VERBS, parse_command
+from jobs.cli.parse import parse_command
+from jobs.cli.verbs import VERBS
 from jobs.config.recipes import RECIPES
 from jobs.config.toml import resolve_sections, resolve_settings
 from pipeline import storage

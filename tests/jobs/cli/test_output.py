@@ -10,7 +10,7 @@ import pytest
 
 from jobs.cli.main import main
 from jobs.cli.options import ResultAsJson
-from jobs.cli.parse import VERBS, load_verb
+from jobs.cli.verbs import VERBS, load_verb
 
 _PAGE = Path(__file__).parents[3] / "docs/reference/output.md"
 

@@ -14,7 +14,8 @@ import pytest
 from jobs.cli.help import is_used
 from jobs.cli.main import main
 from jobs.cli.options import CommonOptions
-from jobs.cli.parse import VERBS, load_verb, parse_command
+from jobs.cli.parse import parse_command
+from jobs.cli.verbs import VERBS, load_verb
 from jobs.config.recipes import RECIPES
 from jobs.config.settings import Settings
 from jobs.config.starters import STARTERS

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import parse
 from tests.laws.crashes.roots import (
     REMOVE_PUBLISHED,
     RUNS,
@@ -26,7 +25,7 @@ _BY_THE_SAME_DRIVER = {"convert", "export", "evaluate", "style", "pipeline", "de
 def test_all_verbs_are_known() -> None:
     """A new verb that changes a root belongs into `roots.VERBS` or `roots.RUNS`."""
     verbs = {arguments[0] for arguments in (VERBS | RUNS).values()}
-    assert verbs | _READERS | _BY_THE_SAME_DRIVER == {*parse.VERBS}
+    assert verbs | _READERS | _BY_THE_SAME_DRIVER == {*verbs.VERBS}
 
 
 def test_forget_hides_an_image_of_each_version(template: Place, tmp_path: Path) -> None:
