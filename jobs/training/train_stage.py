@@ -54,7 +54,8 @@ def hold_training(run: Run) -> Iterator[None]:
             break
         except storage.LeaseConflict as error:
             if error.holder.is_on_this_machine or time.monotonic() > patience:
-                raise StageFailed(f"train: {storage.LeaseConflict(run.folder, error.holder)}") from None
+                raise StageFailed(f"another command works on {run.folder}: {error.holder}\n"
+                                  f"hint: wait until it has ended, or stop it") from None
             if not waits:
                 _log.info("train: %s holds the run %s; waiting until it ends or its lease does", error.holder, run.name)
             waits = True

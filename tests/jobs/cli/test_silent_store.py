@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from jobs.checks import machine
+from jobs.cli import parse
 from jobs.cli.main import main
 from pipeline import storage
 
