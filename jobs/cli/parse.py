@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.checks.place import FOLDERS, SHOWN_NAMES, check_new_root, other_files, roots_below
 from jobs.cli.help import list_flags
 from jobs.cli.verbs import GROUPS, VERBS, Change, Run, default_options, load_verb
+from jobs.cli.words import join_repeated, refuse_empty_paths
 from jobs.telemetry.output import PROGRAM
 from pipeline import storage
 
@@ -53,6 +54,8 @@ def parse_command(arguments: Sequence[str], *, read_root: bool = False,
         flags.insert(len(flags_of(verb, flags)), "--")
     elif "stage" in {field.name for field in fields(kind)}:
         flags = [_OLD_FLAGS.get(flag, flag) for flag in flags]
+    refuse_empty_paths(flags)
+    flags = join_repeated(kind, flags)
     import tyro
 
     def parse(change: Change | None = None) -> Any:

@@ -24,7 +24,7 @@ from pipeline.media.types import BadImage
 from pipeline.rows.rows import json_cells, redact_cells, split_remark
 from pipeline.shards import metadata
 from pipeline.sources.config import ShardConfig
-from pipeline.sources.source import list_source_files
+from pipeline.sources.source import list_all_files
 from pipeline.sources.tars import (
     STEP,
     is_json_unreadable,
@@ -67,9 +67,9 @@ class Adopt(Stage):
         return section | ({"caption_key": self.config.caption_key} if self.config.caption_key else {})
 
     def addresses(self) -> list[str]:
-        """The tars, sorted by name within each source."""
+        """The tars, sorted by name within each source, each once."""
         if not self._addresses:
-            self._addresses = [url for source in self.config.source for url in list_source_files(source, "tars")]
+            self._addresses = list_all_files(self.config.source, "tars")
             if not self._addresses:
                 raise ValueError(f"no files ending in .tar in {', '.join(self.config.source)}")
             if inside := [url for url in self._addresses if url.startswith(f"{self.folder}/")]:

@@ -15,7 +15,7 @@ from pipeline.sources.folder_files import (
     suffix_of,
 )
 from pipeline.sources.patterns import is_pattern, match_pattern
-from pipeline.sources.source import LISTS, TARS, Source, list_source_files
+from pipeline.sources.source import LISTS, TARS, Source, list_all_files
 from pipeline.tables.names import LOOSE_TABLES, USUAL_TABLES
 
 if TYPE_CHECKING:
@@ -47,15 +47,11 @@ def open_source(config: ShardConfig) -> Source:
     if kind == "pictures":
         # A pattern is matched by the folder itself.
         return FolderSource(config, listed[0] if len(listed) == 1 and _is_folder(config.source[0]) else None)
-    addresses = [address for source in config.source for address in list_source_files(source, kind)]
+    addresses = list_all_files(config.source, kind)
     if not addresses:
         wanted = {"list": USUAL_TABLES, "tars": ", ".join(TARS)}[kind]
         raise ValueError(f"no files ending in {wanted} in {', '.join(config.source)}\n"
                          f"hint: name the folder above, or a pattern such as 'FOLDER/**/*'")
-    if len(unique := list(dict.fromkeys(addresses))) < len(addresses):
-        _log.warning("%s: %d files are named twice and taken once", ", ".join(config.source),
-                     len(addresses) - len(unique))
-        addresses = unique
     source = open_lists(config, addresses) if kind == "list" else TarSource(config, addresses)
     source.ignored = ignored
     if ignored:

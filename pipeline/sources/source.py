@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.rows.row_filter import RowFilter
     from pipeline.sources.config import ShardConfig
 
+_log = logging.getLogger(__name__)
 LISTS = TABLES
 PACKED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4")
 TARS = (".tar", *PACKED_TARS)
@@ -131,6 +133,15 @@ def parse_row_filter(config: ShardConfig) -> RowFilter | None:
         return None
     from pipeline.rows.row_filter import RowFilter  # 50 MB, needed only with a filter
     return RowFilter.parse(config.where)
+
+
+def list_all_files(sources: Sequence[str], kind: str) -> list[str]:
+    """The files of a kind in several sources, each once."""
+    files = [url for source in sources for url in list_source_files(source, kind)]
+    unique = list(dict.fromkeys(files))
+    if len(unique) < len(files):
+        _log.warning("%s: %d files are named twice and taken once", ", ".join(sources), len(files) - len(unique))
+    return unique
 
 
 def list_source_files(source: str, kind: str) -> list[str]:

@@ -244,6 +244,16 @@ def test_unusual_but_valid_tars_are_adopted(tmp_path):
     assert Embeddings(dataset).all().any(1).tolist() == [True, True, False, True]
 
 
+def test_a_tar_that_is_named_twice_is_adopted_once(tmp_path, caplog):
+    source = write_download(tmp_path / "source", shards=2)
+    config = ShardConfig(source=(str(source), str(source / "00001.tar"), f"{source}/*.tar"))
+    manifest = run_stage(Adopt(Dataset.parse(str(tmp_path / "root"), "old"), config))
+    assert [file_of(record, ".tar")["name"] for record in manifest["items"]] == [
+        f"{source}/00000.tar", f"{source}/00001.tar"]
+    assert manifest["totals"]["samples"] == 12
+    assert "3 files are named twice and taken once" in caplog.text
+
+
 def test_tars_in_the_folder_of_the_dataset_are_refused(tmp_path):
     dataset = Dataset.parse(str(tmp_path), "old")
     source = write_download(Path(dataset.folder("shards")))
