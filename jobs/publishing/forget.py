@@ -246,6 +246,8 @@ def _touched(dataset: Dataset, rows: list[tuple[int, dict[str, Any]]], fresh: in
         used = find_consumers(dataset.root, dataset.name).get(dataset.version, [])
     except PermissionError as error:
         unreadable.note("runs", error)
+    own = dataset.path(f"neighbors/{dataset.label}")
+    used = [own] * storage.exists(storage.join(dataset.root, own, "plan.json")) + used
     return {"dataset": f"{dataset.name}@{dataset.version}", "pictures": len(rows), "hidden_now": fresh,
             "keys": [row["key"] for _, row in rows][:20],
             "neighbors": [consumer for consumer in used if consumer.startswith("datasets/")],
@@ -270,6 +272,9 @@ def forget_text(report: dict[str, Any]) -> str:
         if entry["runs"]:
             lines.append(f"  runs that used it: {', '.join(entry['runs'])}")
     lines += _copies_text(report)
+    users = {entry["dataset"]: [user for user in (*entry["runs"], *entry["neighbors"])
+                                if not user.startswith(f"datasets/{entry['dataset'].replace('@', '/')}/")]
+             for entry in report["found"]}
     names = sorted({entry["dataset"].split("@")[0] for entry in report["found"]})
     lines.append("copies outside of datasets/ and runs/ are not known, such as those that show and credits --sheet "
                  "wrote")
@@ -277,6 +282,8 @@ def forget_text(report: dict[str, Any]) -> str:
                  "the weights of runs do not change")
     lines += [fit_commands(f"  to remove the bytes: python -m jobs rebuild {name} --source SOURCE; then "
                            f"python -m jobs gc {name} --keep 1 --lease 0") for name in names]
+    lines += [fit_commands(f"  gc keeps {label} while {', '.join(used)} uses it; to remove that: "
+                           f"python -m jobs rm {used[0]}") for label, used in users.items() if used]
     return "\n".join(lines)
 
 

@@ -161,12 +161,17 @@ class Extension(Index):
         entry = next((entry for record in self.base.manifest("index")["items"] for entry in record["files"]
                       if entry["name"] == "held.npy"), None)
         old = arrays.load_array(self.base.fetch("index", entry)) if entry else np.empty(0, np.int64)
-        old = change.row_of[old]
-        old, new = np.sort(old[old >= 0]), sample_rows(change.added, self.config.queries, rng)
+        old = change.find(old)
+        old, new = np.unique(old), sample_rows(change.added, self.config.queries, rng)
         wanted = min(self.config.queries, count // 10)
         share = max(round(wanted * len(change.added) / count), wanted - len(old))
         new = sample_rows(new, share, rng)
-        return np.union1d(old, new), np.union1d(sample_rows(old, wanted - len(new), rng), new)
+        held = np.union1d(old, new)
+        if wanted and not len(held):
+            logging.getLogger(__name__).info("index: all rows held out of training are gone, so the recall is measured "
+                                             "with rows that training may have seen")
+            return held, np.unique(rng.integers(0, count, wanted))
+        return held, np.union1d(sample_rows(old, wanted - len(new), rng), new)
 
 
 @dataclass
@@ -179,11 +184,29 @@ class RowChanges:
     """The new rows in shards that the base does not have, ascending."""
     added: np.ndarray
     """The rows of `fresh` whose vectors the base does not have."""
+    hashes: np.ndarray
+    """A number for each vector of `fresh` that only equal vectors share."""
+    hashes_before: np.ndarray
+    """The same for the vectors of the base whose `row_of` is -1."""
 
     @property
     def kept(self) -> int:
         """Number of rows in both versions."""
         return int((self.row_of >= 0).sum()) + len(self.fresh) - len(self.added)
+
+    def find(self, rows: np.ndarray) -> np.ndarray:
+        """The new rows of the vectors of some rows of the base, also where their shard was written again."""
+        places = self.row_of[rows]
+        lost = rows[places < 0]
+        wanted = self.hashes_before[np.searchsorted(np.flatnonzero(self.row_of < 0), lost)]
+        order = np.argsort(self.hashes, kind="stable")
+        at = np.searchsorted(self.hashes, wanted, sorter=order)
+        is_there = at < len(order)
+        is_there[is_there] = self.hashes[order[at[is_there]]] == wanted[is_there]
+        moved = np.full(len(lost), -1, np.int64)
+        moved[is_there] = self.fresh[order[at[is_there]]]
+        places[places < 0] = moved
+        return places[places >= 0]
 
     @property
     def removed(self) -> int:
@@ -206,7 +229,8 @@ def compare_rows(dataset: Dataset, base: Dataset) -> RowChanges:
         else:
             fresh.append(rows)
     unmatched, new = np.flatnonzero(row_of < 0), np.concatenate([np.empty(0, np.int64), *fresh])
-    return RowChanges(row_of, new, new[_unmatched(_vector_hashes(embeddings, new), _vector_hashes(theirs, unmatched))])
+    hashes, before = _vector_hashes(embeddings, new), _vector_hashes(theirs, unmatched)
+    return RowChanges(row_of, new, new[_unmatched(hashes, before)], hashes, before)
 
 
 def _unmatched(marks: np.ndarray, others: np.ndarray) -> np.ndarray:

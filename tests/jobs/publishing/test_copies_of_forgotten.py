@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli.main import main
+from pipeline import storage
 from pipeline.datasets.metadata import metadata
 from tests.jobs.publishing.published_art import NAME, published_dataset
 
@@ -42,3 +43,19 @@ def test_an_export_and_a_report_are_named_and_made_again(second: Path, capsys: p
     assert main(request) == 0
     assert "an export" not in capsys.readouterr().out
     assert main(["verify", *at_root]) == 0
+
+
+def test_own_neighbor_lists_and_users_that_keep_the_bytes_are_named(second: Path,
+                                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(second / "root")
+    dataset = published_dataset(root)
+    assert main(["neighbors", NAME, "--local", "--root", root]) == 0
+    inputs = {"database": dataset.identity("embeddings")}
+    storage.put_json({"stage": "train", "inputs": inputs}, storage.join(root, "runs/consumer/plan.json"))
+    key = metadata(dataset, dataset.manifest("shards")["items"][0])[0]["key"]
+    capsys.readouterr()
+    assert main(["forget", "--key", f"{NAME}/{key}", "--root", root]) == 0
+    said = capsys.readouterr().out
+    assert f"neighbor lists made with it: datasets/{NAME}/v2/neighbors/{NAME}@v2\n" in said
+    assert (f"  gc keeps {NAME}@v2 while runs/consumer uses it; to remove that: python -m jobs rm runs/consumer --root "
+            f"{root}\n") in f"{said}\n"

@@ -60,7 +60,8 @@ def test_rows_of_the_source_that_the_list_names_are_counted(place: Path) -> None
     dataset = published_dataset(place / "root")
     name = metadata(dataset, dataset.manifest("shards")["items"][0], ["url"])[4]["url"]
     assert main(["forget", "--url", name, "--root", str(place / "root")]) == 0
-    assert rebuild(place / "root", place / "source")["filtered_by_takedown"] == 1
+    done = rebuild(place / "root", place / "source")
+    assert done["filtered_by_takedown"] == 1 and done["gates"]["recall@10"] > 0.5  # measured, though nothing is added
 
 
 def test_a_first_version_names_what_it_leaves_out(place: Path) -> None:
