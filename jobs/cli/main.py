@@ -11,18 +11,22 @@ import errno
 import logging
 import os
 import select
+import shlex
 import sys
+from collections.abc import Sequence
 
 from jobs import __version__
 from jobs.cli.options import STOPPED
 from jobs.cli.parse import check_options, flags_of, parse_command
 from jobs.cli.submit import check_needed
+from jobs.cli.verbs import GROUPS
 from jobs.telemetry import interrupts, logs, output
 from pipeline import storage
 from pipeline.hardware import devices
 from pipeline.stages.types import StageFailed
 
 _log = logging.getLogger(__name__)
+_NOTHING_TO_CONTINUE = {*GROUPS["watch"], "search", "versions", "credits", "recipes", "doctor", "plan", "init"}
 _NO_WAY = "hint: --root must be a place where this user may read and write, and TMPDIR too"
 _GO_ON = "hint: nothing that is recorded is lost; the same command continues from here"
 _FREE = "hint: make room there; gc and rm need a few kB too; the same command continues from here"
@@ -72,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         logs.log_exit(storage.redact_credentials(_fit_hint(text, arguments)), exit=1)
         return 1
     except KeyboardInterrupt:
-        log_stopped()
+        log_stopped(arguments[:1])
         return STOPPED
 
 
@@ -81,9 +85,10 @@ def _text(error: BaseException) -> str:
     return str(error).strip() or type(error).__name__
 
 
-def log_stopped() -> None:
-    """Log that a signal stopped the command."""
-    logs.log_exit("stopped; the same command continues from here", logging.WARNING, exit=STOPPED)
+def log_stopped(verb: Sequence[str] = ()) -> None:
+    """Log that a signal stopped the command. `verb`: its first word, by default that of this process."""
+    has_work = not _NOTHING_TO_CONTINUE.intersection(verb or sys.argv[1:2])
+    logs.log_exit("stopped" + "; the same command continues from here" * has_work, logging.WARNING, exit=STOPPED)
 
 
 def _misuse(message: str) -> int:
@@ -96,6 +101,8 @@ def _fit_hint(text: str, arguments: list[str]) -> str:
     from jobs.cli import help
     if not arguments or "\nhint: " not in text:
         return text
+    if key := _find_flag(arguments, "--sign"):
+        text = text.replace("--sign KEYFILE", f"--sign {shlex.quote(key)}")
     return help.repeat_command(help.fit_flags(text, arguments[0]), arguments)
 
 

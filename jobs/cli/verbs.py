@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from jobs.cli.options import CommonOptions, StageOptions
+from jobs.telemetry.output import PROGRAM
 
 if TYPE_CHECKING:
     from jobs.config.settings import Settings
@@ -41,6 +42,8 @@ def load_verb(verb: str) -> tuple[type, Run]:
         kind, known = ("flag", PROGRAM_FLAGS) if verb.startswith("-") else ("verb", VERBS)
         close = difflib.get_close_matches(verb, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}"
+        if kind == "flag" and not close:
+            hint = f"a verb comes before its flags: {PROGRAM} --help"
         raise ValueError(f"there is no {kind} {verb!r}\nhint: {hint}")
     module = importlib.import_module(f"jobs.cli.{VERBS[verb]}")
     return getattr(module, f"{verb.capitalize()}Options"), getattr(module, f"run_{verb}")

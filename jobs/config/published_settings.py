@@ -10,7 +10,7 @@ from jobs.config.toml import override
 from jobs.runs.newest_run import find_newest_run
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.pointer import read_pointer
+from pipeline.datasets.pointer import DamagedPointer, read_pointer
 from pipeline.datasets.row_columns import list_scores
 from pipeline.embeddings.clip_weights import ClipConfig, encoder_of
 from pipeline.embeddings.config import EmbedConfig
@@ -91,8 +91,11 @@ def read_published_settings(root: str, name: str, settings: EmbedConfig, *, scor
         return None
     try:
         published = Published.load(root, name, keys)
-        if published.is_removed:
-            return None
+    except DamagedPointer:  # the command refuses it later, with the way back
+        return None
+    if published.is_removed:
+        return None
+    try:
         dataset = published.open()
         sections = {stage: dataset.manifest(stage) for stage in ("shards", "embeddings", "index")}
         hide = dataset.manifest("tombstones")["section"].get("hide", "") if dataset.is_sealed("tombstones") else ""

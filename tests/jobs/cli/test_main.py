@@ -368,7 +368,8 @@ def test_a_verb_without_its_arguments_prints_an_example(caplog: pytest.LogCaptur
     (["style", "--sorce", "y", "mine"], "style has no flag --sorce", "did you mean --source?"),
     (["style", "mine", "--image_sise=8"], "style has no flag --image_sise", "did you mean --image-size?"),
     (["submit", "--adress", "x", "ls"], "submit has no flag --adress", "did you mean --address?"),
-    (["ls", "--wxyz"], "ls has no flag --wxyz", "python -m jobs ls --help-all")])
+    (["ls", "--wxyz"], "ls has no flag --wxyz", "python -m jobs ls --help-all"),
+    (["--root", "data", "ls"], "there is no flag '--root'", "a verb comes before its flags: python -m jobs --help")])
 def test_a_mistyped_flag_is_named(words: list[str], message: str, hint: str,
                                   capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -39,13 +40,13 @@ def test_unsigned_versions_are_refused_if_a_key_is_set(place: Path, keys: Path, 
 def test_the_hint_signs_an_unsigned_dataset(place: Path, keys: Path, monkeypatch: pytest.MonkeyPatch,
                                             capsys: pytest.CaptureFixture[str]) -> None:
     root, sign = str(place / "root"), ["--sign", str(keys / "publisher.pem")]
-    hint = f"hint: python -m jobs repair {NAME} --sign KEYFILE --accept-unsigned --root {root}"
+    hint = f"hint: python -m jobs repair {NAME} --sign {sign[1]} --accept-unsigned --root {root}"
     rebuild_source = ["rebuild", NAME, "--source", str(place / "source"), "--local", *sign]
     for verb in (rebuild_source, ["rollback", NAME, *sign], ["repair", NAME, *sign]):
         assert main([*verb, "--root", root]) == (2 if verb[0] == "repair" else 1)
         assert hint in capsys.readouterr().err, verb
     monkeypatch.setenv(RELEASE_KEY, str(keys / "publisher.pub.pem"))
-    assert main(["neighbors", NAME, "--local", "--root", root]) == 1 and hint in capsys.readouterr().err
+    assert main(["neighbors", NAME, "--local", "--root", root]) == 1 and hint.replace(sign[1], "KEYFILE") in capsys.readouterr().err
     assert main(["repair", NAME, "--root", root, *sign, "--accept-unsigned"]) == 0
     assert published_dataset(root).version == "v1"
     document = json.loads(pointer(place).read_bytes())
@@ -138,6 +139,20 @@ def test_rollback_after_a_change_of_keys_names_the_versions_with_the_old_key(
     monkeypatch.setenv(RELEASE_KEY, texts[1])
     with pytest.raises(ValueError, match="no accepted key has signed v1 of drawn"):
         rollback(root, NAME, "", keys=signatures.publishing_keys(str(keys / "other.pem")))
+
+
+def test_rollback_to_a_version_from_before_signing_names_the_flag(place: Path, keys: Path,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    root, private = str(place / "root"), keys / "publisher.pem"
+    paint(place / "source" / "more.png", 2)
+    assert run_rebuild(signing_rebuild(place, private, accept_unsigned=True), run_stage)["published"] == "v2"
+    rollback_v2 = ["rollback", NAME, "--sign", str(private), "--root", root]
+    assert main(rollback_v2) == 2
+    said = capsys.readouterr().err
+    assert f"v1 of {NAME} has no signature" in said and said.count("hint: ") == 1
+    hinted = shlex.split(said.partition("hint: python -m jobs ")[2])
+    assert "--accept-unsigned" in hinted and main(hinted) == 0
+    assert Published.load(root, NAME).version == "v1"
 
 
 def test_a_signed_rebuild_reuses_no_unsigned_version(signed: Path, keys: Path) -> None:
