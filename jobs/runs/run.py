@@ -19,8 +19,8 @@ from pipeline.stages.manifest import read_manifest
 # The first one that fits an error counts.
 HOPELESS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (FloatingPointError, MemoryError,
                                                                         storage.DamagedFile, ValueError)}
-_INPUTS = {"*": {"path": RootPath, "digest?": str}}
-_PLAN = {"section": {"encoder?": dict, "image_size?": int, "dataset?": str, "lineage?": _INPUTS}, "inputs?": _INPUTS}
+LINEAGE = {"*": {"path": RootPath, "digest?": str}}
+_PLAN = {"section": {"encoder?": dict, "image_size?": int, "dataset?": str, "lineage?": LINEAGE}, "inputs?": LINEAGE}
 _FAULT = {"kind": str, "message": str, "launch": str, "at": NUMBER}
 _SHOWN = [{"database": str, "row": int, "sha256": str}]
 SHOWN_ROWS = "rows"
@@ -40,6 +40,11 @@ def read_shown_rows(grid: bytes) -> list[dict[str, Any]] | None:
     with Image.open(io.BytesIO(grid)) as image:
         text = image.info.get(SHOWN_ROWS)
     return None if text is None else check_shape(json.loads(text), f"the text {SHOWN_ROWS}", _SHOWN, "")
+
+
+def is_run_name(text: str) -> bool:
+    """Whether a text may be the name of a run."""
+    return bool(_NAME.fullmatch(text)) and len(text) <= MOST_LETTERS
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def load_denoiser(folder: Path, ema: bool = True, rate: float = 0.0) -> tuple[UN
     ValueError if the folder is not a checkpoint, or has no such average.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     check_average(config, rate)
     # Files may have half precision. The network always has float32 weights.
     path = folder / (average_file(rate or config.ema_decay, config.ema_decay) if ema else "model.safetensors")
@@ -168,7 +168,7 @@ def check_average(config: TrainConfig, rate: float) -> None:
                          f"hint: it has {', '.join(f'{decay:g}' for decay in (config.ema_decay, *config.ema_more))}")
 
 
-def _read_config(folder: Path) -> TrainConfig:
+def read_config(folder: Path) -> TrainConfig:
     """The settings in the description of a checkpoint; ValueError if they are damaged."""
     about = _read_description(folder)
     try:

@@ -84,6 +84,9 @@ def encoder_of(name: str, description: dict[str, Any], default: ClipConfig | Non
     default = default or ClipConfig()
     if describe_encoder(default) == description:
         return default
+    if missing := sorted({"model", "pretrained"} - description.keys()):
+        raise storage.DamagedFile(f"{name} does not say which encoder it belongs to: expected {' and '.join(missing)}, "
+                                  f"got {', '.join(sorted(description)) or 'nothing'}\nhint: python -m jobs verify")
     if description["model"] == "local-dir" or description["pretrained"] == "file":
         raise ValueError(f"{name} belongs to an encoder whose weights are in a file: expected where it is\n"
                          f"hint: --model and --pretrained as when it was embedded")

