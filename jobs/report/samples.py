@@ -47,7 +47,13 @@ def sample_grid(root: RootContents, run: Run, name: str, album: Album) -> Markup
                   mixed=any("database" in neighbor for entry in shown.values() for neighbor in entry["neighbors"]),
                   any_held_out=any(held_out.values()), sampler=_SAMPLERS[document.get("sampler", "ddim")],
                   steps=sorted({entry["checkpoint"]["step"] for entry in shown.values()}),
-                  more=len(every) - len(positions))
+                  batch=_batch(root, run), more=len(every) - len(positions))
+
+
+def _batch(root: RootContents, run: Run) -> int:
+    """Images of a training step; 0 for a run that was imported."""
+    section = (root.plan(run.path) or {}).get("section", {})
+    return int((section.get("train") or {}).get("global_batch", 0))
 
 
 def _kind(entry: dict[str, Any]) -> str:

@@ -126,7 +126,8 @@ def test_the_report_has_every_part(page: str):
     assert "could not be read" not in document.text and "not there" not in document.text
     assert document.text.count("held out") == 2  # the mark of one prompt, and its explanation
     assert "undecodable" in document.text or "broken" in document.text
-    for words in ("recall@10", "tiny-clip-64", "DDIM steps, guidance 2", "samples/s", "mean loss of the last tenth"):
+    for words in ("recall@10", "tiny-clip-64", "DDIM steps, guidance 2", "samples/s", "mean loss of the last tenth",
+                  "training images;"):
         assert words in document.text
     pictures = [attributes for name, attributes in document.tags if name == "img"]
     assert sum("noise" in (picture["title"] or "") for picture in pictures) == len(PROMPTS) * 2
