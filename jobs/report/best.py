@@ -33,12 +33,22 @@ def _steps(root: RootContents, run: Run) -> int:
 
 
 def best_images(root: RootContents, album: Album) -> Markup | None:
-    """Images of the best run that has samples: the requests whose neighbors are nearest. None without samples."""
+    """Images of the best run that has samples: the requests whose neighbors are nearest. None without samples.
+
+    They are of the samples with the most databases. Of equal ones the newest are shown.
+    """
     for run in best_run_first(root):
-        for name in root.newest_samples(run):
-            folder = storage.join(root.address, run.path, "samples", name)
-            return _render(root, run, folder, read_samples(root, folder)["pictures"], album)
+        folders = [storage.join(root.address, run.path, "samples", name) for name in root.newest_samples(run)]
+        if sets := [(folder, read_samples(root, folder)["pictures"]) for folder in folders]:
+            folder, entries = max(sets, key=lambda one: _extent(one[1]))
+            return _render(root, run, folder, entries, album)
     return None
+
+
+def _extent(entries: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """The databases and requests of samples, as far as the report shows them at its top."""
+    return (min(len({entry["database"] for entry in entries}), _MOST_IMAGES),
+            min(len({entry["position"] for entry in entries}), _REQUESTS))
 
 
 def _render(root: RootContents, run: Run, folder: str, entries: list[dict[str, Any]], album: Album) -> Markup:

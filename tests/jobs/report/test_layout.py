@@ -88,6 +88,19 @@ def test_the_report_opens_with_the_best_run_and_names_rows_by_files(root: Path) 
     assert ">tower.png</div></th>" in neighbors
 
 
+def test_newer_samples_of_one_database_do_not_open_the_report(root: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(root, tmp_path / "copy")
+    newer = shutil.copytree(copy / "runs/best/samples/all", copy / "runs/best/samples/newer")
+    samples, manifest = (json.loads((newer / file).read_text()) for file in ("samples.json", "manifest.json"))
+    samples["pictures"] = samples["pictures"][:1]
+    manifest["run"]["sealed"] = "2027-01-01T00:00:00Z"
+    (newer / "samples.json").write_text(json.dumps(samples))
+    (newer / "manifest.json").write_text(json.dumps(manifest))
+    report.write_report(str(copy), str(copy / "report.html"))
+    head = (copy / "report.html").read_text().partition('<nav aria-label="Contents">')[0]
+    assert head.count("<figcaption") == 3 * len(STYLES)
+
+
 @NEEDS_CHROMIUM
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
