@@ -12,7 +12,7 @@ from jobs.publishing.whole_versions import (
     list_publications,
 )
 from pipeline import storage
-from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
+from pipeline.datasets.dataset import RELEASED_STAGES, Dataset, datasets
 from pipeline.datasets.names import is_name
 from pipeline.releases import release_files
 from pipeline.releases.published import Published
@@ -26,7 +26,7 @@ _OF_RUNS = {"samples", "judges", "evaluations"}
 def find_command(root: str, paths: Sequence[str], keys: ReleaseKeys) -> str:
     """The command that repairs the first of `paths`, damaged folders and files. The log writes its `--root`."""
     path = paths[0]
-    if denied := _find_denied(storage.join(root, path)):
+    if denied := _find_denied(storage.manifest_file_url(root, path)):
         return f"let this user read {storage.quote(denied)}"
     command = _find_command(root, paths, keys)
     if "jobs repair " in command:  # it removes nothing that is no file: that may not be ours
@@ -60,6 +60,8 @@ def _is_odd(url: str) -> bool:
 
 def _find_command(root: str, paths: Sequence[str], keys: ReleaseKeys) -> str:
     path = paths[0]
+    if storage.is_whole_address(path):
+        return _mend_adopted(root, path)
     if path.startswith("takedowns/"):
         return f"python -m jobs repair {(list_published(root) or ['NAME'])[0]}"
     kind, name, *rest = path.split("/")
@@ -71,6 +73,22 @@ def _find_command(root: str, paths: Sequence[str], keys: ReleaseKeys) -> str:
         return (f"restore {storage.join(root, kind, name)} from a backup; or, to remove it with its samples: "
                 f"python -m jobs rm runs/{name}")
     return f"python -m jobs demo, after {storage.join(root, kind, name)} is removed"
+
+
+def _mend_adopted(root: str, tar: str) -> str:
+    """The way back for a tar that a dataset adopted where it lies: only its owner has another copy."""
+    dataset = next((dataset for dataset in datasets(root) if tar in _adopted_tars(dataset)), Dataset(root, "NAME"))
+    return (f"restore {storage.quote(tar)} from a backup; or, to adopt the tars as they are now: "
+            f"{dataset.command('shards')} --adopt --overwrite")
+
+
+def _adopted_tars(dataset: Dataset) -> set[str]:
+    """The URLs of the tars that a dataset adopted; none if its manifest cannot be read, or it adopted none."""
+    try:
+        items = dataset.manifest("shards")["items"]
+    except (ValueError, OSError):
+        return set()
+    return {entry["name"] for record in items for entry in record["files"] if storage.is_whole_address(entry["name"])}
 
 
 def _mend_dataset(root: str, name: str, kind: str, rest: list[str], keys: ReleaseKeys, damaged: Collection[str]
@@ -96,4 +114,5 @@ def _mend_dataset(root: str, name: str, kind: str, rest: list[str], keys: Releas
     if stage == "clip-retrieval":
         return (f"python -m jobs rm {dataset.path(stage)}; then "
                 f"python -m jobs embed {name}@{version} --export clip-retrieval")
-    return f"{dataset.command(stage)} --overwrite"
+    adopt = " --adopt" if stage == "shards" and _adopted_tars(dataset) else ""
+    return f"{dataset.command(stage)}{adopt} --overwrite"

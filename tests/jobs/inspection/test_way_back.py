@@ -1,5 +1,6 @@
 """`verify` names the command that fixes the first fault."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,25 @@ def test_a_file_that_this_user_may_not_read_is_no_damage(file: str, tmp_path: Pa
     out, err = capsys.readouterr()
     assert "datasets/art/v1/shards" in out and ("may not read" in out or "ermission denied" in out)
     assert f"hint: let this user read {path}" in err
+
+
+@pytest.mark.parametrize("place", ["tars/a.tar", "root/datasets/art/v1/shards/metadata/000000.parquet"])
+def test_a_damaged_dataset_of_adopted_tars_is_adopted_again(place: str, tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    root, tars = str(tmp_path / "root"), tmp_path / "tars"
+    synthetic.drawings(tmp_path / "source")
+    made = Dataset(str(tmp_path / "made"), "art")
+    run_stage(Shard(made, ShardConfig(source=(str(tmp_path / "source"),), image_size=32)))
+    tars.mkdir()
+    for name in ("a", "b"):
+        shutil.copy(Path(made.folder("shards"), "000000.tar"), tars / f"{name}.tar")
+    assert main(["shard", "art", "--source", str(tars), "--adopt", "--local", "--root", root]) == 0
+    capsys.readouterr()
+    (tmp_path / place).unlink()
+    assert main(["verify", "--root", root]) == 1
+    hint = capsys.readouterr().err.partition("\nhint: ")[2].strip()
+    again = f"python -m jobs shard art --source FOLDER --adopt --overwrite --root {root}"
+    assert hint == (f"restore {tars}/a.tar from a backup; or, to adopt the tars as they are now: {again}"
+                    if place.startswith("tars/") else again)
+    words = again.removeprefix("python -m jobs ").replace("FOLDER", str(tars)).split()
+    assert main([*words, "--local"]) == 0 == main(["verify", "--root", root])
