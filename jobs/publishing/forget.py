@@ -12,6 +12,7 @@ from pipeline import storage
 from pipeline.datasets.dataset import DEFAULT_VERSION, Dataset, datasets, refuse_unknown
 from pipeline.datasets.pointer import DamagedPointer
 from pipeline.downloads.urls import clean_url, find_host
+from pipeline.releases import release_files
 from pipeline.releases.published import Published
 from pipeline.storage import DamagedFile
 from pipeline.takedowns import takedown_list, takedowns
@@ -250,6 +251,9 @@ def _touched(dataset: Dataset, rows: list[tuple[int, dict[str, Any]]], fresh: in
     used = [own] * storage.exists(storage.join(dataset.root, own, "plan.json")) + used
     return {"dataset": f"{dataset.name}@{dataset.version}", "pictures": len(rows), "hidden_now": fresh,
             "keys": [row["key"] for _, row in rows][:20],
+            "rebuilt": release_files.has_release(dataset) or storage.exists(
+                storage.join(dataset.root, dataset.path("rebuild.json"))),
+            "adopted": bool(dataset.manifest("shards").get("section", {}).get("adopted")),
             "neighbors": [consumer for consumer in used if consumer.startswith("datasets/")],
             "runs": [consumer for consumer in used if consumer.startswith("runs/")]}
 
@@ -274,17 +278,27 @@ def forget_text(report: dict[str, Any]) -> str:
     lines += _copies_text(report)
     users = {entry["dataset"]: [user for user in (*entry["runs"], *entry["neighbors"])
                                 if not user.startswith(f"datasets/{entry['dataset'].replace('@', '/')}/")]
-             for entry in report["found"]}
-    names = sorted({entry["dataset"].split("@")[0] for entry in report["found"]})
+             for entry in report["found"] if entry["rebuilt"]}
     lines.append("copies outside of datasets/ and runs/ are not known, such as those that show and credits --sheet "
                  "wrote")
-    lines.append("the shards keep their bytes until the next version; training leaves them out from its next start, "
-                 "the weights of runs do not change")
-    lines += [fit_commands(f"  to remove the bytes: python -m jobs rebuild {name} --source SOURCE; then "
-                           f"python -m jobs gc {name} --keep 1 --lease 0") for name in names]
+    lines.append("the shards keep their bytes for now; training leaves them out from its next start, the weights of "
+                 "runs do not change")
+    lines += _ways_to_remove(report["found"])
     lines += [fit_commands(f"  gc keeps {label} while {', '.join(used)} uses it; to remove that: "
                            f"python -m jobs rm {used[0]}") for label, used in users.items() if used]
     return "\n".join(lines)
+
+
+def _ways_to_remove(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The commands that remove the bytes. gc keeps versions that `rebuild` did not make."""
+    names = sorted({entry["dataset"].split("@")[0] for entry in found if entry["rebuilt"]})
+    lines = [fit_commands(f"  to remove the bytes: python -m jobs rebuild {name} --source SOURCE; then "
+                          f"python -m jobs gc {name} --keep 1 --lease 0") for name in names]
+    for label, adopt in ((entry["dataset"], " --adopt" * entry["adopted"]) for entry in found if not entry["rebuilt"]):
+        lines += [f"  to remove the bytes of {label}, which rebuild did not make: remove the images from its source;",
+                  fit_commands(f"    then python -m jobs shard {label} --source SOURCE{adopt} --overwrite; "
+                               f"or, to remove the version: python -m jobs rm datasets/{label.replace('@', '/')}")]
+    return lines
 
 
 def _copies_text(report: dict[str, Any]) -> list[str]:

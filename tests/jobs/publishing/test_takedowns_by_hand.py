@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,35 @@ def test_shards_that_are_made_again_hide_the_same_images(hand: Path) -> None:
     assert _hidden(hand) == ["c.png"]
     assert main(["forget", "--url", "d.png", "--root", str(hand / "root")]) == 0
     assert _hidden(hand) == ["c.png", "d.png"]
+
+
+@pytest.mark.parametrize("adopt", [(), ("--adopt",)])
+def test_the_bytes_of_tars_are_removed_as_forget_says(adopt: tuple[str, ...], hand: Path,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    root, tars = str(hand / "root"), hand / "tars"
+    tars.mkdir()
+    shutil.copy(hand / "root/datasets/hand/v1/shards/000000.tar", tars / "a.tar")
+    make = ["shard", "t", "--source", str(tars), *adopt, "--local", "--root", root]
+    assert main(make) == 0
+    capsys.readouterr()
+    assert main(["forget", "--key", "t/0000000001", "--root", root]) == 0
+    said = capsys.readouterr().out
+    again = f"python -m jobs {shlex.join([*make[:2], '--source', 'SOURCE', *adopt, '--overwrite', '--root', root])}"
+    again = again.replace("shard t ", "shard t@v1 ")
+    assert "python -m jobs rebuild" not in said and "python -m jobs gc" not in said
+    assert f"    then {again}; or, to remove the version: python -m jobs rm datasets/t/v1 --root {root}\n" in said
+    with tarfile.open(tars / "a.tar") as whole, tarfile.open(tars / "b.tar", "w") as rest:
+        forgotten = whole.extractfile("0000000001.png").read()  # type: ignore[union-attr]
+        for member in whole:
+            if not member.name.startswith("0000000001."):
+                rest.addfile(member, whole.extractfile(member))
+    (tars / "a.tar").unlink()
+    assert main([*shlex.split(again.replace("SOURCE", str(tars)))[3:], "--local"]) == 0
+    assert Dataset(root, "t").manifest("shards")["totals"]["samples"] == 5
+    left = [path for folder in (tars, hand / "root/datasets/t") for path in folder.rglob("*") if path.is_file()]
+    assert not any(forgotten in path.read_bytes() for path in left)
+    assert main(["verify", "--only", "datasets/t", "--root", root]) == 0
+    assert main(["rm", "datasets/t/v1", "--yes", "--root", root]) == 0
 
 
 def test_a_dataset_that_is_made_after_a_request_hides_the_image_under_any_name(hand: Path) -> None:
