@@ -19,7 +19,7 @@ from pipeline.datasets.dataset import DEFAULT_VERSION, Dataset
 from pipeline.datasets.names import version_number
 from pipeline.datasets.pointer import DamagedPointer, parse_pointer, read_pointer
 from pipeline.releases import release_files
-from pipeline.releases.history import entry_number, list_history, read_entry, restore_places
+from pipeline.releases.history import add_entry, entry_number, history_url, list_history, read_entry, restore_places
 from pipeline.releases.last_seen import SIGNED, read_last_seen
 from pipeline.releases.published import Published
 from pipeline.releases.signatures import ReleaseKeys, read_release_keys
@@ -99,6 +99,12 @@ def _repair_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool, 
     report = {"published": current.version, "pointer": "in order"} | ({"damaged": fault} if fault else {})
     if current.damaged_history() or current.missing_history() or find_false_entries(current):
         return report | _close_history(current, dry_run=dry_run)
+    if not storage.exists(url := history_url(root, name, current.document["sequence"])):
+        # Its publisher may have been killed before it did so. The pointer says what belongs there, so no reader minds.
+        _log.info("repair: %s is missing, and the pointer has its content", url)
+        if not dry_run:
+            add_entry(root, name, current.document)
+        report |= {"history": "restored"}
     return report | (_sign(current, fault, dry_run=dry_run, accept_lost=accept_lost) if current.needs_signature else {})
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.datasets.names import MOST_LETTERS
 from pipeline.stages.documents import NUMBER, RootPath, check_manifest, check_shape
-from pipeline.stages.manifest import read_manifest
+from pipeline.stages.manifest import NotSealed, read_manifest
 
 # The first one that fits an error counts.
 HOPELESS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (FloatingPointError, MemoryError,
@@ -179,6 +179,18 @@ class Run:
         except FileNotFoundError:
             raise ValueError(f"the run {self.name} has no checkpoint {step}\nhint: it has "
                              f"{', '.join(map(str, self.steps())) or 'none'}") from None
+
+    def refuse_replaced(self, step: int) -> None:
+        """DamagedFile if the run was sealed at this step with another checkpoint."""
+        try:
+            info = read_manifest(self.folder, self.command).get("info", {})
+        except NotSealed:
+            return
+        expected, got = info.get("checkpoint"), self.checkpoint(step)["content"]
+        if step == info.get("steps", info.get("step")) and expected not in {None, got}:
+            raise storage.DamagedFile(f"checkpoint {step} of the run {self.name} is not the one of the sealed run: "
+                                      f"expected the content {expected[:12]}, got {got[:12]}\n"
+                                      f"hint: python -m jobs verify --only {self.path}")
 
     def fetch(self, step: int) -> Path:
         """A local folder with the files of a checkpoint, hashes checked; ValueError if they are not as they were."""

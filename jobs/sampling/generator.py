@@ -95,6 +95,7 @@ def _load_generator(run: Run, step: int, rate: float, content: str, first_stage:
 def check_sample_config(run: Run, step: int, how: SampleConfig) -> None:
     """ValueError unless a checkpoint can be sampled with this configuration."""
     run.checkpoint(step)
+    run.refuse_replaced(step)
     config = from_dict(run.config(step))
     checkpoint.check_average(config, how.ema)
     check_sampler(config.diffusion, how.sampler, how.steps, how.eta)

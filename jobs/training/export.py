@@ -36,6 +36,7 @@ def export_weights(run: Run, step: int, out: Path) -> dict[str, Any]:
     section, step = run.section() | {"lineage": run.lineage()}, step or run.latest_step()
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty\nhint: another --out")
+    run.refuse_replaced(step)
     autoencoder = latents.first_stage_of_run(run, "cpu")
     about = checkpoint.halve(run.fetch(step), out)
     if autoencoder:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from jobs.cli.main import main
+from jobs.runs.run import Run
 
 
 @pytest.fixture
@@ -111,6 +112,27 @@ def test_the_name_in_an_exported_folder_is_no_part_of_a_command(root: Path, tmp_
         assert main(["convert", "other", "--checkpoint", str(out), "--root", str(root)]) == 2
         hint = capsys.readouterr().err.partition("\nhint: ")[2]
         assert hint == f"python -m jobs export {shown} --out FOLDER --root {root}\n"
+
+
+def test_a_sealed_run_with_the_checkpoint_of_another_run_is_refused(root: Path, tmp_path: Path,
+                                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(str(root), "small")
+    step, other = run.latest_step(), tmp_path / "other"
+    shutil.copytree(run.fetch(step), other)
+    (other / "manifest.json").unlink()
+    (other / "note.txt").write_text("of another run")
+    run.publish(step, other)  # whole, and its own manifest names every file
+    export = ["export", "small", "--out", str(tmp_path / "out"), "--root", str(root)]
+    evaluate = ["evaluate", "small", "--database", "flat", "--database", "outline", "--prompts", "1", "--judge-steps",
+                "5", "--steps", "2", "--sweep-k", "1", "--sweep-guidance", "1", "--local", "--root", str(root)]
+    for command in (export, evaluate, ["sample", "small", "--prompt", "red", "--database", "flat", "--steps", "3",
+                                       "--local", "--root", str(root)]):
+        assert main(command) == 1, command
+        said = capsys.readouterr().err
+        assert f"checkpoint {step} of the run small is not the one of the sealed run: " in said
+        assert f"hint: python -m jobs verify --only runs/small --root {root}\n" in said
+    assert not (tmp_path / "out").exists() and not list((root / "runs/small").glob("samples/*"))
+    assert main(["verify", "--only", "runs/small", "--root", str(root)]) == 1
 
 
 def test_a_run_that_names_no_encoder_is_damaged(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -298,6 +298,18 @@ def test_a_version_without_an_entry_in_the_history_keeps_its_hashes(second: Path
     assert len(hidden_rows.read_hidden_rows(dataset)) == 1 and main(["verify", "--root", root]) == 0
 
 
+def test_repair_writes_the_newest_entry_of_the_history_again(second: Path) -> None:
+    root, entry = str(second / "root"), second / "root/published" / NAME / "000002.json"
+    content = json.loads(entry.read_bytes())
+    entry.unlink()  # as if the publisher was killed before it wrote this
+    assert main(["verify", "--quick", "--root", root]) == 0
+    restored = {"published": "v2", "pointer": "in order", "history": "restored"}
+    assert repair(root, NAME, dry_run=True) == {"dataset": NAME, "dry_run": True} | restored and not entry.exists()
+    assert repair(root, NAME) == {"dataset": NAME} | restored
+    assert json.loads(entry.read_bytes()) == content
+    assert "history" not in repair(root, NAME)
+
+
 def test_lost_entries_of_the_history_do_not_bring_an_older_version_back(second: Path) -> None:
     root = str(second / "root")
     assert published_dataset(root).version == "v2"
