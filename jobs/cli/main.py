@@ -29,7 +29,9 @@ _log = logging.getLogger(__name__)
 _NOTHING_TO_CONTINUE = {*GROUPS["watch"], "search", "versions", "credits", "recipes", "doctor", "plan", "init"}
 _NO_WAY = "hint: --root must be a place where this user may read and write, and TMPDIR too"
 _GO_ON = "hint: nothing that is recorded is lost; the same command continues from here"
-_FREE = "hint: make room there; gc and rm need a few kB too; the same command continues from here"
+_FREE = ("hint: make room there, gc and rm need a few kB too. TMPDIR names the disk of scratch, RDM_CACHE that of the "
+         "cache; the same command continues from here")
+_LOST = "hint: python -m jobs verify; it names what is damaged, and the command that makes it again"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except ValueError as error:
         return _misuse(_fit_hint(_text(error), arguments))
+    except storage.NoBucket as error:
+        return _misuse(_text(error))
     except (NotADirectoryError, IsADirectoryError) as error:
         return _misuse(f"{error.filename}: {error.strerror}")
     except (StageFailed, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
@@ -67,12 +71,13 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and _unheard():
             return 0
         full = storage.disk_full_message(error)
-        text = full or storage.denial_message(error) or storage.lost_folder_message(error) or _text(error)
+        lost = _lost_message(error, _find_flag(arguments, "--root"))
+        text = full or storage.denial_message(error) or storage.lost_folder_message(error) or lost or _text(error)
         if "hint:" not in text and (sentence := devices.failure_hint(error)):
             text = f"{text.splitlines()[0]}\n{sentence}"
         if "hint:" not in text:
             denied = getattr(error, "errno", 0) in {errno.EROFS, errno.EACCES, errno.EPERM}
-            text += f"\n{_FREE if full else _NO_WAY if denied else _GO_ON}"
+            text += f"\n{_FREE if full else _NO_WAY if denied else _LOST if lost else _GO_ON}"
         logs.log_exit(storage.redact_credentials(_fit_hint(text, arguments)), exit=1)
         return 1
     except KeyboardInterrupt:
@@ -83,6 +88,14 @@ def main(arguments: list[str] | None = None) -> int:
 def _text(error: BaseException) -> str:
     """The message of an error; the name of its type if it has none, as MemoryError."""
     return str(error).strip() or type(error).__name__
+
+
+def _lost_message(error: BaseException, root: str) -> str:
+    """A sentence if a file of the root was not found, "" if anything else is wrong."""
+    if not isinstance(error, FileNotFoundError) or error.filename is None:
+        return ""
+    name, folder = str(error.filename), storage.normalize(root or output.DEFAULT_ROOT)
+    return f"{name} is missing" if name.startswith(f"{folder}/") else ""
 
 
 def log_stopped(verb: Sequence[str] = ()) -> None:

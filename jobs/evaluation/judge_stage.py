@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from jobs.evaluation.held_out import held_out_captions, item_id, rows_with_captions
 from jobs.runs.run import Run
 from model import style_classifier
+from model.weights import checkpoint
 from pipeline import storage
 from pipeline.batches.images import average_down
 from pipeline.datasets.dataset import Dataset, file_of
@@ -103,7 +103,7 @@ class StyleClassifierStage(Stage):
         network = style_classifier.train_judge(x[~out], y[~out], len(self.databases), steps=self.steps, seed=0,
                                                on_step=self._report_step)
         probe = style_classifier.train_probe(v[~out], y[~out], len(self.databases))
-        save_file(network.state_dict(), scratch / "judge.safetensors")
+        checkpoint.save(network.state_dict(), scratch / "judge.safetensors")
         np.save(scratch / "probe.npy", probe, allow_pickle=False)
         right = (style_classifier.classify_images(network, x[out]) == y[out],
                  style_classifier.classify_vectors(probe, v[out]) == y[out])

@@ -7,6 +7,8 @@
 """
 
 import json
+import os
+import re
 from pathlib import Path
 
 import torch
@@ -47,12 +49,22 @@ def gather_contents(model: nn.Module, ema: EMA, optimizer: optim.Optimizer, keep
     return contents
 
 
+def save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors into a file. OSError with its path if the disk refuses it: the library raises a text only."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        if not (code := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
 def write(folder: Path, tensors: Contents, step: int, updates: int, config: TrainConfig) -> None:
     """Write a complete checkpoint into the folder, which is created. The caller publishes it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for file, named in tensors.items():
-        save_file(named, folder / file)
+        save(named, folder / file)
     about = {"format": FORMAT, "step": step, "ema_updates": updates, "config": to_dict(config)}
     (folder / "checkpoint.json").write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
 
@@ -61,7 +73,7 @@ def write_converted(folder: Path, model: nn.Module, config: TrainConfig, step: i
     """Write the weights of another trainer into the folder. Sampling works with them, resuming does not."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(_portable(model.state_dict()), folder / "ema.safetensors")
+    save(_portable(model.state_dict()), folder / "ema.safetensors")
     about = {"format": FORMAT, "step": step, "ema_updates": 0, "config": to_dict(config)}
     (folder / "checkpoint.json").write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
 
@@ -76,7 +88,7 @@ def halve(folder: Path, out: Path) -> dict:
     weights = {name: tensor.half() for name, tensor in _load(Path(folder) / "ema.safetensors").items()}
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise ValueError(f"{folder}: there are weights too large for half precision")
-    save_file(weights, out / "ema.safetensors")
+    save(weights, out / "ema.safetensors")
     return about | {"ema_updates": 0, "config": about["config"] | {"ema_more": []}}
 
 

@@ -193,8 +193,8 @@ class _Run:
             self.tally.look()  # now, so that other terminals can show it
         elif outcome is not None:
             if outcome.full:
-                raise StageFailed(f"{self.stage.name}: {outcome.error}\nhint: make room there (scratch is where TMPDIR "
-                                  f"says); the same command continues from here")
+                raise StageFailed(f"{self.stage.name}: {outcome.error}\nhint: make room there (TMPDIR names the disk "
+                                  f"of scratch, RDM_CACHE that of the cache); the same command continues from here")
             if outcome.record is None:
                 self._fail(outcome)
             else:

@@ -42,11 +42,9 @@ def fetch(url: str, entry: dict[str, Any], *, check: bool = False) -> Path:
     """
     if is_local(url):
         path = local_path(url)
-        try:
+        with _missing_named(url):
             refuse_special_file(url)
             byte_count = path.stat().st_size
-        except FileNotFoundError:
-            raise DamagedFile(f"{url} is in its manifest but not there\nhint: python -m jobs verify") from None
         if byte_count != entry["bytes"] or (check and sha256_file(path) != entry["sha256"]):
             raise DamagedFile(f"{url} is not the file its manifest describes\nhint: python -m jobs verify")
         return path
@@ -56,7 +54,7 @@ def fetch(url: str, entry: dict[str, Any], *, check: bool = False) -> Path:
     _make_room(cached.parent, entry["bytes"])
     fs, remote = open_url(url)
     with unfinished_file(str(cached)) as temporary:
-        with storage_errors(url, "read"):
+        with _missing_named(url), storage_errors(url, "read", copy=cached.parent):
             fs.get_file(remote, temporary)
         status = os.lstat(temporary)
         if sha256_file(Path(temporary)) != entry["sha256"]:
@@ -65,6 +63,17 @@ def fetch(url: str, entry: dict[str, Any], *, check: bool = False) -> Path:
         os.replace(temporary, cached)
     _note_check(cached, status)
     return cached
+
+
+@contextlib.contextmanager
+def _missing_named(url: str) -> Iterator[None]:
+    """DamagedFile if the file of a manifest is not there."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if error.filename not in {url, str(local_path(url)) if is_local(url) else url}:
+            raise
+        raise DamagedFile(f"{url} is in its manifest but not there\nhint: python -m jobs verify") from None
 
 
 def local_copy(url: str, entry: dict[str, Any]) -> Path | None:

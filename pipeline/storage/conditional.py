@@ -184,18 +184,20 @@ def can_swap(folder: str) -> bool:
     try:
         # boto repeats a write whose answer was lost, and the store refuses it then. No other command knows the name, so
         # the bytes tell whether the first try was accepted.
-        if not (create_bytes(b"1", url) or read_bytes(url) == b"1") or create_bytes(b"2", url):
-            return False
-        if _put_if(fs, url, b"3", IfMatch=f'"{hashlib.md5(b"other", usedforsecurity=False).hexdigest()}"'):
-            return False
-        swap_bytes(b"4", url, b"1")
-        return read_bytes(url) == b"4"
+        created = create_bytes(b"1", url) or read_bytes(url) == b"1"  # if it is refused, there is nothing to remove
+        try:
+            if not created or create_bytes(b"2", url):
+                return False
+            if _put_if(fs, url, b"3", IfMatch=f'"{hashlib.md5(b"other", usedforsecurity=False).hexdigest()}"'):
+                return False
+            swap_bytes(b"4", url, b"1")
+            return read_bytes(url) == b"4"
+        finally:
+            remove(url)
     except StorageError as error:
         if "NotImplemented" in str(error.__cause__ or error):
             return False
         raise
-    finally:
-        remove(url)
 
 
 @contextlib.contextmanager

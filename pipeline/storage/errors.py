@@ -32,6 +32,14 @@ class NoAnswer(StorageError):
     """The store could not be reached, or did not answer in time. Whether an object exists is not known."""
 
 
+class NoBucket(StorageError):
+    """The bucket of a URL does not exist."""
+
+
+class AccessDenied(StorageError, PermissionError):
+    """The store refuses what these credentials ask for."""
+
+
 class FileTooLarge(ValueError):
     """A file is larger than its reader allows."""
 
@@ -110,26 +118,36 @@ def _lacks_bucket(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def storage_errors(url: str, doing: str) -> Iterator[None]:
-    """Turn a client library's own exceptions into one sentence; a disk's OSErrors pass as they are."""
+def storage_errors(url: str, doing: str, copy: Path | str = "") -> Iterator[None]:
+    """Turn errors of a store into errors that name its URL; a disk's OSErrors pass as they are.
+
+    `copy`: the local file into which an object is read. Its disk may be full.
+    """
     try:
         yield
     except Exception as error:
         # botocore and aiohttp derive some errors from OSError and others from Exception.
         of_client = type(error).__module__.split(".")[0] in _CLIENTS
-        if not of_client:
-            if not isinstance(error, OSError):
-                raise
-            if error.errno in _FULL:
-                raise StorageError(error.errno, os.strerror(error.errno), url) from error
-            if error.errno in _ODD:
+        if not (of_client or isinstance(error, OSError)):
+            raise
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise StorageError(error.errno, os.strerror(error.errno), str(copy or url)) from error
+        if is_local(url) and not of_client:
+            if getattr(error, "errno", None) in _ODD:
                 _explain_odd(url)
-            if _lacks_bucket(error):
-                raise StorageError(f"cannot {doing} {url}: there is no such bucket\n"
-                                   f"hint: make it, or see whether it is spelled right") from error
-            if type(error) is not OSError or (error.errno is not None and is_local(url)):
+            if type(error) is not OSError or error.errno is not None:
                 raise
+        elif isinstance(error, StorageError | FileExistsError) or getattr(error, "filename", None) is not None:
+            raise  # it is explained, an answer, or an error of a local disk
         text = _QUERY.sub("", str(getattr(error, "strerror", None) or error))
+        if _lacks_bucket(error):
+            raise NoBucket(f"cannot {doing} {url}: there is no such bucket\n"
+                           f"hint: make it, or see whether it is spelled right") from error
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", url) from error
+        if isinstance(error, PermissionError):
+            raise AccessDenied(f"cannot {doing} {url}: {text}\nhint: AWS_PROFILE or AWS_ACCESS_KEY_ID must name "
+                               f"credentials that may do this and have not expired") from error
         kinds = {type(cause).__name__ for cause in _causes(error)}
         if kinds & _UNREACHABLE:
             raise NoAnswer(f"cannot {doing} {url}: {text}\nhint: the store does not answer: is the network up, and is "

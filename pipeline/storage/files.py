@@ -162,7 +162,7 @@ def open_reader(url: str) -> Iterator[Any]:
 def download(url: str, path: Path) -> Path:
     """The file at `url` as the local file `path`."""
     fs, remote = _open_to_read(url)
-    with storage_errors(url, "read"):
+    with storage_errors(url, "read", copy=path):
         fs.get_file(remote, str(path))
     return path
 
@@ -203,6 +203,15 @@ def read_at_most(url: str, most: int) -> bytes:
             length = len(data)
     if length > most:
         raise FileTooLarge(f"{url} has more than {most:,} bytes")
+    return data
+
+
+def read_small_file(path: str | Path, most: int = 16 << 20) -> bytes:
+    """The content of a file or pipe of this machine that the user names. FileTooLarge after `most` bytes."""
+    with open(path, "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise FileTooLarge(f"{path} has more than {most:,} bytes")
     return data
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.storage.addresses import S3_SCHEMES, is_local, join, local_path
 from pipeline.storage.conditional import set_time
-from pipeline.storage.errors import StorageError, storage_errors
+from pipeline.storage.errors import StorageError, first_line, storage_errors
 from pipeline.storage.files import modified_time, open_url, remove
 from pipeline.storage.listings import list_files
 
@@ -71,7 +71,7 @@ def _abort_uploads(folder: str, now: float) -> int:
                 continue
     except (PermissionError, StorageError) as error:
         _log.warning("uploads below %s that were not completed may stay: %s\nhint: a lifecycle rule of the bucket with "
-                     "AbortIncompleteMultipartUpload, see docs/guides/publish/safety.md", folder, error)
+                     "AbortIncompleteMultipartUpload, see docs/guides/publish/safety.md", folder, first_line(error))
     return aborted
 
 

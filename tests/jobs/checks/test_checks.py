@@ -161,7 +161,7 @@ def test_a_missing_gpu_is_refused_before_the_first_stage(source: Path) -> None:
 
 def test_a_bucket_that_does_not_exist_is_refused(source: Path, s3: str, capsys: pytest.CaptureFixture[str]) -> None:
     pipeline = ["pipeline", "mine", "--source", str(source), "--local", "--dry-run", "--root"]
-    assert main([*pipeline, "s3://no-such-bucket-here/root"]) == 1
+    assert main([*pipeline, "s3://no-such-bucket-here/root"]) == 2
     assert "there is no such bucket" in capsys.readouterr().err
     assert main([*pipeline, f"{s3}/root"]) == 0
 
