@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pipeline import storage
 from pipeline.media.decode import decode
+from pipeline.media.foreign_tars.samples import MOST_SAMPLE_BYTES
 from pipeline.media.types import BadImage
 from pipeline.rows.column_names import CAPTION_COLUMNS, find_caption_columns
 from pipeline.sources.captions import read_caption_table
@@ -141,8 +142,11 @@ def _read_lines(address: str) -> list[str]:
 def read_image(path: str) -> bytes:
     """The bytes of an image on this machine. ValueError if it cannot be read or decoded."""
     try:
-        data = Path(path).expanduser().read_bytes()
+        data = storage.read_at_most(str(Path(path).expanduser()), MOST_SAMPLE_BYTES)
         decode(data, _MOST_PIXELS)
+    except (storage.DamagedFile, storage.FileTooLarge) as error:
+        raise ValueError(f"cannot read the image {path}: {storage.first_line(error)}\n"
+                         f"hint: --image takes the path of a file on this machine") from None
     except OSError as error:
         raise ValueError(f"cannot read the image {path}: {error.strerror}\n"
                          f"hint: --image takes the path of a file on this machine") from None

@@ -96,7 +96,8 @@ def search_databases(databases: Sequence[Dataset], query: SearchQuery, encoder: 
     candidates: list[tuple[float, int, int]] = []
     for number, database in enumerate(databases):
         without = np.array([row for other, row in named if other == database], np.int64)
-        rows, scores = Searcher(database, without if len(without) else None).search(vector[None], count)
+        searcher = Searcher(database, without if len(without) else None)
+        rows, scores = searcher.search(vector[None], min(count, len(searcher)))
         candidates += [(float(score), -number, int(row))
                        for row, score in zip(rows[0], scores[0], strict=True) if row >= 0]
     best = sorted(candidates, reverse=True)[:count]

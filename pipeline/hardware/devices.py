@@ -52,7 +52,8 @@ _SENTENCES: dict[Failure, str] = {
     "none": "",
 }
 _NO_MEMORY = ("The machine has too little memory for this.\n"
-              "hint: python -m jobs doctor shows its memory; end other programs there, or let fewer workers work on it")
+              "hint: python -m jobs doctor; it shows the memory. End other programs there, or let fewer workers "
+              "work on it")
 
 
 class DeviceUnavailable(RuntimeError):

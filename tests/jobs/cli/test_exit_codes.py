@@ -11,6 +11,7 @@ import pytest
 from jobs.cli.main import main
 from jobs.cli.verbs import VERBS
 from jobs.telemetry.output import fit_commands, name_root
+from jobs.training.export import BUNDLED
 from pipeline import storage
 
 
@@ -50,6 +51,20 @@ def test_damaged_data_ends_with_1(root: Path, file: str, command: list[str],
         assert shlex.split(hinted).count("--root") == 1 and str(root) in shlex.split(hinted)
 
 
+@pytest.mark.parametrize("file", ["checkpoint.json", "ema.safetensors"])
+def test_a_missing_file_of_a_root_is_named(file: str, root: Path, tmp_path: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "bundled", "--checkpoint", str(BUNDLED), "--root", str(root)]) == 0
+    missing, = root.glob(f"runs/bundled/checkpoints/*/{file}")
+    missing.unlink()
+    capsys.readouterr()
+    for words in (["export", "bundled", "--out", str(tmp_path / "out")],
+                  ["sample", "bundled", "--prompt", "a red circle", "--database", "drawn", "--steps", "1", "--local"]):
+        assert main([*words, "--root", str(root)]) == 1
+        said = capsys.readouterr().err
+        assert str(missing) in said and "hint: " in said and "nothing that is recorded is lost" not in said, said
+
+
 def test_the_command_of_a_hint_works(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "datasets/drawn/v1/shards/manifest.json").write_bytes(b"{")
     assert main(["embed", "drawn", "--overwrite", "--root", str(root), "--local"]) == 1
@@ -65,6 +80,7 @@ def test_every_hint_spells_its_command_in_full() -> None:
         for file in (Path(__file__).parents[3] / package).rglob("*.py"):
             text = file.read_text()
             assert not re.search(rf"hint: ({verbs}) ([{{<A-Z]|--)", text), file
+            assert not re.search(r"python -m jobs (doctor|recipes|report|status|verify) [a-z]", text), f"{file}: words"
             assert not re.search(r"--root \{(?!storage\.quote\()", text), f"{file}: a root may have a space"
 
 
