@@ -64,7 +64,7 @@ def run_search(options: SearchOptions) -> int:
     encoder = ClipConfig(options.model or embed.model, options.pretrained or embed.pretrained, embed.precision)
     matches = search_databases(databases, query, encoder, options.count)
     if options.sheet:
-        save_sheet(matches, Path(options.sheet))
+        save_sheet(matches, Path(options.sheet).expanduser())
         _log.info("search: the images are in %s", options.sheet)
     if options.json:
         for match in matches:

@@ -34,6 +34,8 @@ ABOUT_ALL_VERSIONS = {"rebuild": " --source SOURCE", "style": " --source SOURCE"
 """Verbs that take no version of a dataset, and what follows the name in their hint."""
 _FILES = ("image", "prompts", "tombstone", "adopt", "checkpoint")
 """Flags with the path of a file or folder to read, of the verbs where their values are texts."""
+_WRITTEN = {"export": "out", "show": "out", "search": "sheet", "credits": "sheet"}
+"""The flag with the path of a file or folder that a verb writes, always on this machine."""
 _LOOK = {*GROUPS["watch"], "search", "versions"}
 """Verbs that only read, for a user who waits. The others repeat requests to a store for minutes."""
 STORE_ANSWER_S = 30.0
@@ -103,6 +105,9 @@ def check_options(verb: str, options: Any) -> None:
     _check_root(verb, options)
     _check_names(verb, options)
     _check_files(options)
+    if path := getattr(options, _WRITTEN.get(verb, ""), ""):
+        from jobs.checks.source import check_new_file
+        check_new_file(f"--{_WRITTEN[verb]}", path, makes_folder=verb == "export")
     if verb in _READ_A_SOURCE:
         from jobs.checks.source import check_source
         check_source(options.shard.source)
@@ -168,13 +173,17 @@ def _check_answer(root: str) -> None:
 
 
 def _check_files(options: Any) -> None:
-    """ValueError if a local file or folder that the command would read does not exist."""
-    from jobs.checks.source import check_path
+    """ValueError if a local file or folder that the command would read does not exist, or is a pipe or a device."""
+    from jobs.checks.source import check_path, refuse_device
     values = [getattr(options, name, "") for name in _FILES]
     paths = [path for value in values for path in (value if isinstance(value, tuple) else [value])]
     for path in paths:
         if isinstance(path, str) and path and storage.is_local(path):
             check_path(path)
+    shard = getattr(options, "shard", None)
+    for path in (*shard.source, shard.captions) if shard else ():
+        if storage.is_local(path):
+            refuse_device(path)
 
 
 def check_names(verb: str, options: Any) -> list["Dataset"]:

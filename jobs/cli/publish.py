@@ -271,7 +271,7 @@ def run_credits(options: CreditsOptions) -> int:
     from jobs.publishing import credits
     samples = credits.list_credits(options.file, options.common.root)
     if options.sheet and not options.common.dry_run:
-        credits.save_sheet(samples, Path(options.sheet))
+        credits.save_sheet(samples, Path(options.sheet).expanduser())
         _log.info("credits: the images are in %s", options.sheet)
     output.print_answer(samples, lambda: credits.credits_text(samples), as_json=options.json)
     return 0

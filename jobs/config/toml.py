@@ -6,12 +6,12 @@ import tomllib
 import typing
 from collections.abc import Callable, Collection
 from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
 from types import UnionType
 from typing import Any
 
 from jobs.config.recipes import RECIPES
 from jobs.config.settings import Settings
+from pipeline import storage
 
 # tomllib takes memory by the square of the number of parts.
 _LONG_KEY = re.compile(r"""^[ \t]*\[*[ \t]*[\w"'-]+(?:[ \t]*\.[ \t]*[\w"'-]+){20}""", re.MULTILINE)
@@ -48,7 +48,7 @@ def _read(recipe: str, file: str, default: str = "tiny", change: Callable[[Setti
     document: dict[str, Any] = {}
     if file:
         try:
-            text = Path(file).read_text()
+            text = storage.read_small_file(file).decode()
             if _LONG_KEY.search(text):
                 raise ValueError("a key of more than 20 parts")
             document = tomllib.loads(text)

@@ -155,11 +155,11 @@ def built_in() -> Rates:
 def read(file: str) -> Rates:
     """The rates in a JSON file over the bundled ones. ValueError names unknown rates and bad values."""
     try:
-        document = storage.parse_json(Path(file).read_bytes(), file)
+        document = storage.parse_json(storage.read_small_file(file), file)
     except OSError as error:
         raise ValueError(f"cannot read the rates {file}: {error.strerror}\n"
                          f"hint: python -m jobs plan --measure {file}, which writes such a file") from None
-    except storage.DamagedFile as error:
+    except (storage.DamagedFile, storage.FileTooLarge) as error:
         raise ValueError(f"{storage.first_line(error)}\nhint: python -m jobs plan --measure FILE, which writes a "
                          f"file of rates") from None
     if not isinstance(document, dict):

@@ -18,14 +18,16 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pipeline import storage
 
 if TYPE_CHECKING:  # loaded only where keys are used
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 RELEASE_KEY = "RDM_RELEASE_KEY"
 _CHANGING = {"checked", "takedowns", "takedown_list", "signature"}
+_MOST_KEY_BYTES = 1 << 20
 _PURPOSE = b"rdm publication 1\n"  # so that a signature for another purpose is none for this one
 _PEM = re.compile(r"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
 
@@ -101,7 +103,7 @@ def parse_release_keys(text: str, label: str) -> ReleaseKeys:
             raise ValueError(f"{label} is empty, so every signature would be accepted\n"
                              f"hint: a public key, the path of one; or do not set it")
         try:
-            text = Path(text).read_text()
+            text = storage.read_small_file(text).decode()
         except (OSError, UnicodeDecodeError, ValueError) as error:
             # Other users can read the arguments of a command, but not its environment.
             shown = f" {text!r}" if label == "--key" and len(text) < 500 else ""
@@ -204,7 +206,7 @@ def _read_private_key(path: str) -> "Ed25519PrivateKey":
             too_open = 0o027 if status.st_uid == 0 and os.getuid() != 0 else 0o077
             if status.st_mode & too_open or (os.getuid() != 0 and status.st_uid not in {0, os.getuid()}):
                 raise ValueError("others can read the private key of --sign\nhint: own the file, and chmod 600")
-            data = file.read()
+            data = file.read(_MOST_KEY_BYTES)
     except FileNotFoundError:  # no key is there, so the path tells nothing about one
         raise ValueError(f"the private key of --sign {path!r} cannot be read: No such file\n"
                          f"hint: openssl genpkey -algorithm ed25519 -out KEYFILE && chmod 600 KEYFILE") from None

@@ -119,6 +119,28 @@ def test_other_files_in_a_new_root_are_named(place: Path, capsys: pytest.Capture
         assert ("has other files (notes.txt, papers)" in caplog.text) == (root == "else")
 
 
+@pytest.mark.parametrize(("verb", "flag"), [("export", "--out"), ("show", "--out"), ("search", "--sheet"),
+                                            ("credits", "--sheet")])
+def test_a_store_is_no_place_for_a_local_file(verb: str, flag: str, place: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "root/runs/noto/plan.json").write_text('{"section": {}, "inputs": {}}')
+    words = _words(place, verb, "noto", "root")
+    for url in ("s3://bucket/out.png", "file:///out.png"):
+        said = _refused(place, verb, [*words, flag, url], capsys)
+        assert f"{flag} {url} is a URL: expected a path on this machine\nhint: {flag} out.png; " in said
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("words", [
+    ["plan", "--config", "/dev/zero"], ["plan", "--rates", "/dev/zero"], ["verify", "--key", "/dev/zero"],
+    ["sample", "noto", "--prompts", "/dev/zero", "--database", "noto"], ["index", "noto", "--tombstone", "/dev/zero"],
+    ["pipeline", "n", "--source", "/dev/zero"], ["shard", "n", "--source", "/dev/zero"],
+    ["shard", "n", "--source", "source", "--captions", "/dev/zero"], ["score", "noto", "--head", "good=/dev/zero"],
+    ["convert", "n", "--checkpoint", "/dev/zero", "--database", "noto"]])
+def test_a_device_without_an_end_is_refused(words: list[str], place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _refused(place, words[0], [*words[1:], "--root", str(place / "root")], capsys)
+
+
 def test_a_new_root_in_the_prefix_of_its_source_is_refused(s3: str) -> None:
     storage.put_bytes(b"image", f"{s3}/photos/1.png")
     for root in (f"{s3}/photos", f"{s3}/photos/rdm"):

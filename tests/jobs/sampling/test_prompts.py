@@ -1,6 +1,7 @@
 """`sample --prompts FILE --count N`: prompts from texts and tables, and several images of each."""
 
 import json
+import os
 import shutil
 from itertools import groupby
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from jobs.cli.main import main
-from jobs.sampling.queries import build_queries, read_prompts
+from jobs.sampling.queries import build_queries, read_image, read_prompts
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset
 
@@ -30,6 +31,16 @@ def _write(folder: Path, kind: str) -> str:
     else:
         path.write_text("\ufeff" + "\r\n\n".join(_PROMPTS))
     return str(path)
+
+
+@pytest.mark.timeout(20)
+def test_an_image_that_never_ends_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with open(tmp_path / "huge", "wb") as huge:
+        huge.truncate(2 << 30)
+    for path in ("/dev/zero", str(tmp_path / "pipe"), str(tmp_path / "huge"), str(tmp_path)):
+        with pytest.raises(ValueError, match=rf"^cannot read the image {path}: .*\nhint: --image takes the path of a "):
+            read_image(path)
 
 
 @pytest.mark.parametrize("kind", ["txt", "prompts", "csv", "jsonl", "parquet"])

@@ -45,6 +45,8 @@ def test_a_text_query_finds_the_rows_of_exhaustive_search(databases: list[Datase
     red, blue = encoder.texts(["a red square", "a blue circle"]).astype(np.float32)
     assert _found(_search(capsys, databases, "a red square", "--count", "7")) == _nearest(databases, red, 7)
     assert _found(_search(capsys, databases[:1], "a red square", "--count", "7")) == _nearest(databases[:1], red, 7)
+    everything = _nearest(databases, red, 10**6)
+    assert _found(_search(capsys, databases, "a red square", "--count", str(10**12))) == everything
     words = _search(capsys, databases, "a", "red", "square", "--count", "7")  # without quotation marks
     assert _found(words) == _nearest(databases, red, 7)
     vector = red - blue
@@ -83,6 +85,9 @@ def test_a_sheet_shows_the_images(databases: list[Dataset], tmp_path: Path, caps
     (["--like", "nothing"], "flat has no sample nothing\nhint: "),
     (["--like", "other/nothing"], "flat has no sample other/nothing\nhint: "),
     (["--image", "absent.png"], "absent.png"),
+    (["--image", "/dev/zero"], "/dev/zero is a pipe, a socket or a device: expected a file or a folder\nhint: "),
+    (["x", "--sheet", "s3://bucket/s.png"], "is a URL: expected a path on this machine\nhint: --sheet s.png"),
+    (["x", "--sheet", "absent/s.png"], "there is no folder for --sheet absent/s.png\nhint: mkdir -p /"),
     (["x", "--minus", "x"], "the query has no direction"),
     (["x", "--count", "0"], "count = 0: must be at least 1\nhint: --count 10"),
     (["x", "--model", "ViT-B-32", "--pretrained", "random"], "flat belongs to another encoder than ViT-B-32")])
