@@ -292,7 +292,7 @@ def forget_text(report: dict[str, Any]) -> str:
 def _ways_to_remove(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """The commands that remove the bytes. gc keeps versions that `rebuild` did not make."""
     names = sorted({entry["dataset"].split("@")[0] for entry in found if entry["rebuilt"]})
-    lines = [fit_commands(f"  to remove the bytes: python -m jobs rebuild {name} --source SOURCE; then "
+    lines = [fit_commands(f"  to remove the bytes: python -m jobs rebuild {name} --source SOURCE && "
                           f"python -m jobs gc {name} --keep 1 --lease 0") for name in names]
     for label, adopt in ((entry["dataset"], " --adopt" * entry["adopted"]) for entry in found if not entry["rebuilt"]):
         lines += [f"  to remove the bytes of {label}, which rebuild did not make: remove the images from its source;",
@@ -313,7 +313,7 @@ def _copies_text(report: dict[str, Any]) -> list[str]:
     for label in report["exports"]:
         folder = f"datasets/{label.replace('@', '/')}/clip-retrieval"
         lines.append(f"an export that has them: {folder}")
-        lines.append(fit_commands(f"  to make it again: python -m jobs rm {folder}; then "
+        lines.append(fit_commands(f"  to make it again: python -m jobs rm {folder} && "
                                   f"python -m jobs embed {label} --export clip-retrieval"))
     if report["reports"]:
         lines.append(f"a report that may show them: {report['reports'][0]}")

@@ -19,7 +19,7 @@ _LINE = 80  # characters of a line of a result
 _STYLE = re.compile("(\x1b\\[1m|\x1b\\[0m)")
 # A command ends where a line, a sentence or an alternative ends. The words of `submit` are those of another verb.
 _COMMAND = re.compile(r"python -m jobs (?!VERB|submit\b)[a-z]+(?:'[^'\n]*'|\"[^\"\n]*\"|"
-                      r"(?!; |, |\. |\.?$| or |[\n)`\\]|\s*python -m jobs ).)*", re.MULTILINE)
+                      r"(?!; |, | && |\. |\.?$| or |[\n)`\\]|\s*python -m jobs ).)*", re.MULTILINE)
 _ROOT = re.compile(r"(?<!\S)--root\b")
 _COLOR = re.compile("\x1b\\[[0-9;]*m")
 _root = ""

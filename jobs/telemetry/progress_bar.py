@@ -24,7 +24,7 @@ def show_progress(name: str) -> Iterator[Callable[[Tally], None]]:
     Counts are rows where their number is known, items otherwise.
     """
     line: LiveLine | None = None
-    logged = time.monotonic()
+    begun = logged = time.monotonic()
 
     def watch(tally: Tally) -> None:
         nonlocal line, logged
@@ -37,7 +37,7 @@ def show_progress(name: str) -> Iterator[Callable[[Tally], None]]:
                 line = None  # more items may follow: rows that are retried
         elif time.monotonic() - logged > EVERY_S or finished:
             logged = time.monotonic()
-            _log.info("%s: %s", name, describe_progress(now), extra={"fields": now})
+            _log.info("%s: %s", name, describe_progress(now, logged - begun), extra={"fields": now})
 
     try:
         yield watch
@@ -55,11 +55,13 @@ def _show_tally(line: LiveLine, now: dict[str, Any]) -> None:
               _describe_failures(now))
 
 
-def describe_progress(now: dict[str, Any]) -> str:
-    """The counts of a tally in one line."""
+def describe_progress(now: dict[str, Any], seconds: float = 0.0) -> str:
+    """The counts of a tally in one line. `seconds`: the time since the stage began."""
     total = f" of {now['of_rows']}" if now["of_rows"] else ""
     if not (now["rows"] or now["items"] or now["skipped"]):
-        return f"0 of {now['of_items']} items{total and f', 0{total} rows'}, workers start or work on the first ones"
+        rows = total and f", 0{total} rows"
+        return (f"0 of {now['of_items']} items{rows}, the first ones are at work for "
+                f"{format_duration(round(seconds))}")
     again = f" ({now['retried']} tried again)" if now["retried"] else ""
     unfinished = now["seconds_left"] and now["items"] < now["of_items"]
     time_left = f", {format_duration(now['seconds_left'])} left" if unfinished else ""

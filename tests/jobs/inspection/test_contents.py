@@ -55,6 +55,7 @@ def test_parameters_of_an_imported_run_are_no_rows(tmp_path: Path) -> None:
     import_run(Run.parse(str(tmp_path), BUNDLED_RUN), BUNDLED)
     entry, = list_contents(str(tmp_path))
     assert (entry["path"], entry["rows"], entry["state"]) == ("runs/emoji_32", None, "sealed")
+    assert entry["bytes"] > 16 << 20  # the weights
     assert "4,191,280 parameters" in status_table(str(tmp_path), read_status(str(tmp_path)))
     watched = watch.read_snapshot(str(tmp_path))
     assert watched["stages"][0]["rows"] is None and "4191280" not in watch.snapshot_text(watched)

@@ -32,7 +32,7 @@ def test_an_export_and_a_report_are_named_and_made_again(second: Path, capsys: p
     said = capsys.readouterr().out
     folder = f"datasets/{NAME}/v2/clip-retrieval"
     assert f"an export that has them: {folder}\n" in said and "a report that may show them: " in said
-    assert (f"python -m jobs rm {folder} --root {root}; then python -m jobs embed {NAME}@v2 --export clip-retrieval "
+    assert (f"python -m jobs rm {folder} --root {root} && python -m jobs embed {NAME}@v2 --export clip-retrieval "
             f"--root {root}\n") in said
     assert main(export) == 2  # it would have other rows
     capsys.readouterr()

@@ -100,7 +100,7 @@ def test_forgotten_images_are_hidden_and_removed(place: Path, capsys: pytest.Cap
                  by_hash["sha256"], "--note", "asked by mail", "--root", root]) == 0
     said = capsys.readouterr().out
     assert "drawn@v1: 3 images, hidden from searches" in said
-    assert (f"python -m jobs rebuild drawn --source SOURCE --root {root}; then python -m jobs gc drawn --keep 1 "
+    assert (f"python -m jobs rebuild drawn --source SOURCE --root {root} && python -m jobs gc drawn --keep 1 "
             f"--lease 0 --root {root}\n") in said
     # Immediately, in the published version.
     assert list(hidden_rows.read_hidden_rows(published_dataset(root))) == [2, 35, 70]

@@ -57,7 +57,7 @@ if sys.argv[2] == "interrupt":  # Ctrl-C arrives while the first bar is written
     sys.stderr.write = write_and_interrupt
 
 cli.parse_command = lambda arguments, **_: (act, arguments)
-sys.exit(cli.main(["status", *sys.argv[3:]]))
+sys.exit(cli.main(["embed", *sys.argv[3:]]))
 """
 
 
