@@ -1,6 +1,7 @@
 """Entry point of `rdm VERB ...` and `python -m jobs VERB ...`."""
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -53,7 +54,8 @@ def run_program() -> None:
         code = main()
     except KeyboardInterrupt:
         code = _STOPPED
-        sys.stderr.write(said)
+        with contextlib.suppress(OSError):  # the terminal is closed
+            sys.stderr.write(said)
     interrupts.ignore(code)  # the work is done, and the exit code says so
     _end_quickly(code)
 

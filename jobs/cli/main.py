@@ -2,8 +2,8 @@
 
 A verb's module imports torch, Ray and the like inside its functions: `--help` and `status` do not wait for them.
 
-Exit 0: done; 1: failed items, faults or damaged data; 2: invalid usage; 130: stopped by SIGINT or SIGTERM, run again
-to resume.
+Exit 0: done; 1: failed items, faults or damaged data; 2: invalid usage; 130: stopped by SIGINT, SIGTERM or SIGHUP, run
+again to resume.
 """
 
 import argparse

@@ -18,7 +18,7 @@ Unflagged = Annotated[Section, tyro.conf.Fixed, tyro.conf.Suppress]
 Words = tyro.conf.UseAppendAction[tuple[str, ...]]
 """A flag that may be repeated."""
 STOPPED = 130
-"""Exit code after SIGINT or SIGTERM."""
+"""Exit code after SIGINT, SIGTERM or SIGHUP."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""SIGTERM ends a command as Ctrl-C does: with cleanup, and with a message how to continue.
+"""SIGTERM and SIGHUP end a command as Ctrl-C does: with cleanup, and with a message how to continue.
+
+SIGHUP comes when the terminal is closed. `nohup` lets a command ignore it, and this stays so.
 
 Python runs the handler of a signal in the main thread, after the native code that this thread is in. So there are two
 stages: if a command has not ended `SECONDS` after the signal, another thread ends it.
@@ -8,6 +10,7 @@ import contextlib
 import faulthandler
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -19,7 +22,7 @@ SECONDS = 8.0
 """Seconds between the signal and the second stage."""
 _IMPORTS = "<frozen importlib._bootstrap>"
 _LOOK_AGAIN_S = 0.1
-_BOTH: set[int] = {signal.SIGTERM, signal.SIGINT}
+_ALL: set[int] = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _pipe: tuple[int, int] | None = None  # a signal writes to it, if the second stage is wanted
 _exit_code: int | None = None  # once the command has one
 _has_raised = False
@@ -37,9 +40,11 @@ def has_raised() -> bool:
 
 
 def convert_sigterm() -> None:
-    """Turn SIGTERM into KeyboardInterrupt."""
+    """Turn SIGTERM into KeyboardInterrupt, and SIGHUP unless it is ignored."""
     if threading.current_thread() is threading.main_thread():
         _handle(signal.SIGTERM)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            _handle(signal.SIGHUP)
 
 
 def handle_ctrl_c() -> None:
@@ -74,20 +79,21 @@ def _wait_and_end(pipe: int, last_words: Callable[[], None], code: int) -> None:
     # If a thread in native code never lets Python run, this ends the process without Python.
     faulthandler.dump_traceback_later(SECONDS + 1, exit=True, file=os.open(os.devnull, os.O_WRONLY))
     time.sleep(SECONDS)
-    if _exit_code is None:
-        last_words()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the terminal is closed
+        if _exit_code is None:
+            last_words()
+        sys.stderr.flush()
     os._exit(code if _exit_code is None else _exit_code)
 
 
 def ignore(exit_code: int) -> None:
-    """Ignore SIGTERM and Ctrl-C while the process ends: an exception there would only print a traceback.
+    """Ignore SIGTERM, SIGHUP and Ctrl-C while the process ends: an exception there would only print a traceback.
 
     A second stage that has begun ends the process with `exit_code`.
     """
     global _exit_code
     _exit_code = exit_code
-    for number in _BOTH:
+    for number in _ALL:
         signal.signal(number, signal.SIG_IGN)
     # If KeyboardInterrupt passed an exec() of text, `python -m` would end by SIGINT, whatever the exit code. Another
     # evaluation of text resets this.
@@ -96,7 +102,7 @@ def ignore(exit_code: int) -> None:
 
 @contextlib.contextmanager
 def defer_interrupts() -> Iterator[None]:
-    """Defer SIGTERM and Ctrl-C until the end of the block, because its work cannot be interrupted safely.
+    """Defer SIGTERM, SIGHUP and Ctrl-C until the end of the block, because its work cannot be interrupted safely.
 
     Ray installs its own handler while it starts. An exception of that handler inside native code aborts the process.
     A signal mask would also work, but the daemons that Ray starts would inherit it.
@@ -105,14 +111,15 @@ def defer_interrupts() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in _BOTH}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in _ALL}
     replace = signal.signal
 
     def kept(number: int, handler: Any) -> Any:
-        return before[number] if number in _BOTH else replace(number, handler)
+        return before[number] if number in _ALL else replace(number, handler)
 
-    for number in _BOTH:
-        replace(number, lambda number, frame: came.append(number))
+    for number in _ALL:
+        if before[number] is not signal.SIG_IGN:
+            replace(number, lambda number, frame: came.append(number))
     signal.signal = kept  # type: ignore[assignment]
     try:
         yield
@@ -134,9 +141,20 @@ def _start_second_stage() -> None:
             os.write(_pipe[1], b"x")
 
 
+def _leave_terminal() -> None:
+    """Let output to a closed terminal go to /dev/null, where it is no error: the cleanup prints too."""
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt, but not inside of an import: libraries swallow it, or turn it into another error."""
     global _has_raised
+    if number == signal.SIGHUP:
+        _leave_terminal()
     while frame is not None and frame.f_code.co_filename != _IMPORTS:
         frame = frame.f_back
     _start_second_stage()

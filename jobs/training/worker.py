@@ -194,7 +194,7 @@ def _broadcast_step(step: int, device: torch.device) -> int:
 
 @contextlib.contextmanager
 def stop_on_signal(ask: Callable[[], bool] | None = None) -> Iterator[Callable[[], bool]]:
-    """A function that is true after SIGTERM or Ctrl-C. The run then saves a checkpoint and ends, and loses no steps.
+    """A function that is true after SIGTERM, SIGHUP or Ctrl-C. The run then saves a checkpoint, and loses no steps.
 
     A second Ctrl-C ends the run without a checkpoint. `ask` tells other processes. If it returns False, there is no
     step to save, and the signal does what it did before.
@@ -213,9 +213,9 @@ def stop_on_signal(ask: Callable[[], bool] | None = None) -> Iterator[Callable[[
         if number == signal.SIGINT:
             _log.warning("train: the run saves a checkpoint and stops; Ctrl-C again stops without one")
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # a shell lets its background jobs ignore Ctrl-C
+        if handler is not signal.SIG_IGN:  # a shell lets its background jobs ignore Ctrl-C, nohup SIGHUP
             signal.signal(number, stop)
     try:
         yield lambda: bool(signals)

@@ -1,13 +1,15 @@
-"""SIGTERM ends a command within ten seconds, also during native code."""
+"""SIGTERM and a closed terminal end a command within ten seconds, also during native code."""
 
 import contextlib
 import os
+import pty
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,11 +58,54 @@ def test_sigterm_ends_a_command_that_decodes_a_slow_image(tmp_path: Path, slow_i
     wait_until(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split())
 
 
+@pytest.mark.timeout(120)
+def test_a_closed_terminal_ends_a_command_without_its_scratch(tmp_path: Path) -> None:
+    for folder in ("pictures", "scratch"):
+        (tmp_path / folder).mkdir()
+    image = encoded(noise(400, 400), "PNG")
+    for number in range(500):  # seconds of work
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(image)
+    pid, terminal = pty.fork()
+    if not pid:
+        os.environ |= {"TERM": "xterm", "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(tmp_path / "scratch")}
+        os.execv(sys.executable, [sys.executable, "-m", "jobs", "shard", "x", "--source", str(tmp_path / "pictures"),
+                                  "--root", str(tmp_path / "root"), "--local"])
+
+    def scratch() -> list[Path]:
+        return list((tmp_path / "scratch").glob("rdm-shard-*"))
+    try:
+        wait_for(scratch, 60)
+        os.close(terminal)
+        ended = wait_for(lambda: [status for found, status in [os.waitpid(pid, os.WNOHANG)] if found], 12)
+        assert os.waitstatus_to_exitcode(ended[0]) == 130 and not scratch()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(answer: Callable[[], list[Any]], seconds: float) -> list[Any]:
+    """The first answer that is not empty."""
+    end = time.monotonic() + seconds
+    while not (found := answer()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return found
+
+
+def test_a_command_that_ignores_sighup_goes_on() -> None:
+    raised = "signal.raise_signal(signal.SIGHUP)"
+    with command(f"exec('with interrupts.defer_interrupts():\\n {raised}'); {raised}; print('on', file=sys.stderr)",
+                 before="signal.signal(signal.SIGHUP, signal.SIG_IGN)") as process:  # as nohup does
+        _, text = process.communicate(timeout=30)
+        assert (process.returncode, text) == (0, "on\n")
+
+
 @contextlib.contextmanager
-def command(body: str) -> Iterator["subprocess.Popen[str]"]:
-    """A process with the second stage of a signal that prints a line and runs `body`."""
+def command(body: str, before: str = "") -> Iterator["subprocess.Popen[str]"]:
+    """A process with the second stage of a signal that prints a line and runs `body`; `before` comes first."""
     program = f"""
-import hashlib, sys, time
+import hashlib, signal, sys, time
+{before}
 from jobs.telemetry import interrupts
 interrupts.SECONDS = 2.0
 interrupts.end_for_certain(lambda: print("last words", file=sys.stderr), 130)
@@ -82,7 +127,7 @@ except KeyboardInterrupt:
         process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize(("body", "code", "said"), [
     ("time.sleep(60)", 7, "tidy\n"),
     ("hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10 ** 9)", 130, "last words\n"),  # in the main thread
