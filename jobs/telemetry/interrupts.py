@@ -141,7 +141,7 @@ def _start_second_stage() -> None:
             os.write(_pipe[1], b"x")
 
 
-def _leave_terminal() -> None:
+def leave_terminal() -> None:
     """Let output to a closed terminal go to /dev/null, where it is no error: the cleanup prints too."""
     for stream in (1, 2):
         if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
@@ -154,7 +154,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt, but not inside of an import: libraries swallow it, or turn it into another error."""
     global _has_raised
     if number == signal.SIGHUP:
-        _leave_terminal()
+        leave_terminal()
     while frame is not None and frame.f_code.co_filename != _IMPORTS:
         frame = frame.f_back
     _start_second_stage()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from jobs.runs.labels import run_labels
 from jobs.runs.metrics import Metrics
 from jobs.runs.run import Run
+from jobs.telemetry import interrupts
 from jobs.telemetry.trackers.subject import State
 from jobs.telemetry.trackers.trackers import open_run_trackers
 from jobs.training.live_progress import RunProgress, TrainingView
@@ -203,6 +204,8 @@ def stop_on_signal(ask: Callable[[], bool] | None = None) -> Iterator[Callable[[
 
     def stop(number: int, frame: FrameType | None) -> None:
         signals.append(number)
+        if number == signal.SIGHUP:
+            interrupts.leave_terminal()
         if ask and not ask():
             handler = before[signal.Signals(number)]
             if callable(handler):

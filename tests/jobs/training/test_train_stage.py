@@ -120,7 +120,7 @@ def test_a_killed_and_restarted_run_has_the_same_curve(root: Path) -> None:
     assert killed_run.checkpoint(24)["files"] == whole_run.checkpoint(24)["files"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_a_checkpoint(root: Path, number: int) -> None:
     process = subprocess.Popen([sys.executable, *_command(root, f"stopped{number}", "--local", "--steps", "5000",
                                                           "--checkpoint-every", "100000")])
