@@ -154,11 +154,9 @@ def _remove_rest(current: Published) -> None:
     """Remove all of a dataset but the pointer and the marks of its versions."""
     for version in current.versions():
         folder = storage.join(current.folder, version)
-        for below in storage.list_folders(folder):
-            storage.remove_tree(storage.join(folder, below))
-        for file in storage.list_files(folder):
-            if file != version_marks.NAME:
-                storage.remove(storage.join(folder, file))
+        for name in [*storage.list_folders(folder), *storage.list_names(folder)]:  # folders first
+            if name != version_marks.NAME:
+                storage.remove_tree(storage.join(folder, name))
 
 
 def _mark(root: str, path: str) -> str:

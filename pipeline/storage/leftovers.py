@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +9,11 @@ from pipeline.storage.addresses import S3_SCHEMES, is_local, join, local_path
 from pipeline.storage.conditional import set_time
 from pipeline.storage.errors import StorageError, first_line, storage_errors
 from pipeline.storage.files import modified_time, open_url, remove
-from pipeline.storage.listings import list_files
+from pipeline.storage.listings import UNFINISHED, list_names
 
 _log = logging.getLogger(__name__)
 ABANDONED_S = 3600.0  # a process that wrote nothing into an unfinished file for so long is dead
 _MOST_AHEAD_S = 15.0  # a file may have been written since `now` was read
-_UNFINISHED = re.compile(r"(\..+\.|probe-)[0-9a-f]{16}")  # as unfinished_file and can_swap name them
 
 
 def bounded_age(url: str, now: float) -> float:
@@ -48,10 +46,10 @@ def remove_unfinished(folder: str, now: float, *, below: bool = False) -> int:
 
 def _list_unfinished(folder: str, below: bool) -> Iterator[str]:
     if not (below and is_local(folder)):
-        yield from (join(folder, name) for name in list_files(folder) if _UNFINISHED.fullmatch(name))
+        yield from (join(folder, name) for name in list_names(folder) if UNFINISHED.fullmatch(name))
         return
     for parent, _, names in os.walk(local_path(folder)):
-        yield from (os.path.join(parent, name) for name in names if _UNFINISHED.fullmatch(name))
+        yield from (os.path.join(parent, name) for name in names if UNFINISHED.fullmatch(name))
 
 
 def _abort_uploads(folder: str, now: float) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ from pipeline.storage.errors import FILE, FOLDER, find_kind, refuse_special_fold
 from pipeline.storage.files import open_url
 from pipeline.storage.remembered import recall
 
+UNFINISHED = re.compile(r"(\..+\.|probe-)[0-9a-f]{16}")
+"""The names of files that `unfinished_file` and `can_swap` write."""
+
 
 def list_files(url: str) -> list[str]:
     """Sorted names of what stands directly below the folder `url` and is no folder; empty if there is no such folder.
 
-    Links, pipes and devices are listed too: a reader of one of them names it.
+    Links, pipes and devices are listed too: a reader of one of them names it. Files that another process is writing,
+    or did not finish, are left out.
     """
-    return sorted(name for name, kind in _list_kinds(url) if kind != FOLDER)
+    return sorted(name for name, kind in _list_kinds(url) if kind != FOLDER and not UNFINISHED.fullmatch(name))
 
 
 def list_names(url: str) -> list[str]:

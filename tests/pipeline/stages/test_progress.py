@@ -1,5 +1,6 @@
 """The progress of a run adds up, also if workers die, and a budget stops it at the right time."""
 
+import json
 import random
 import time
 from collections import Counter
@@ -170,6 +171,18 @@ def test_records_in_columns_count_like_others(tmp_path):
         assert records.seconds(columns) == records.seconds(record_list) == 250
         assert records.totals(columns) == records.totals(record_list)
         assert records.content("p", [], columns) == records.content("p", [], record_list)
+
+
+def test_a_report_that_is_being_written_does_not_count(tmp_path):
+    """A file is written under a hidden name first. It was counted as another item."""
+    tally = Tally(str(tmp_path), 2, 200)
+    report = {"rows": 70, "samples": 70, "bytes": 0, "skipped": {}, "again": False}
+    (tmp_path / "progress").mkdir()
+    for name in ("000000.json", ".000000.json.0123456789abcdef"):
+        (tmp_path / "progress" / name).write_text(json.dumps(report))
+    assert tally.look()["rows"] == 70
+    tally.record(make_record("000000", 100), 0)
+    assert tally.look()["rows"] == 100
 
 
 def test_the_rate_is_that_of_this_run(tmp_path, monkeypatch):
