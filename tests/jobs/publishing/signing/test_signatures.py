@@ -108,7 +108,7 @@ def test_repair_does_not_sign_an_older_publication_after_the_newer_was_seen(
         assert main([*repairing, *more]) == 1
         error = capsys.readouterr().err
         assert "publications 2 to 2 of drawn are lost: this machine has seen 2" in error
-        assert "--sign KEYFILE --accept-lost-publications" in error and pointer(signed).read_bytes() == older
+        assert f"--sign {repairing[-1]} --accept-lost-publications" in error and pointer(signed).read_bytes() == older
     assert main([*repairing, "--accept-lost-publications"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["published"] == "v1" and report["accepted_lost_publications"] == [2]
