@@ -8,6 +8,7 @@ import numpy as np
 NAMES = {"database": "the database", "prompt": "the prompt, mixed database", "both": "both",
          "text": "the prompt, no neighbors", "neither": "nothing, mixed database"}
 _DRAWS = 2000
+_LEAST_SKILL = 0.1  # of the way from chance to always right
 
 
 def summarize(results: Sequence[dict[str, Any]], styles: Sequence[str], judges: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +81,17 @@ def markdown_table(document: dict[str, Any]) -> str:
                   f"{format_percent(row['probe'])} | {row['clip']['mean']:.3f} | {row['kid']:.4f} |" for row in sweeps]
     chance = 1 / len(document["styles"])
     return "\n".join([*lines, "", f"{len(document['styles'])} styles, so chance is {100 * chance:.1f} %; in brackets "
-                      f"95 % of bootstrapped prompts."]) + "\n"
+                      f"95 % of bootstrapped prompts.", *describe_weak_judges(document)]) + "\n"
+
+
+def describe_weak_judges(document: dict[str, Any]) -> list[str]:
+    """A sentence for each judge that is hardly better than chance on real images."""
+    chance = 1 / len(document["styles"])
+    return [f"The {judge} is right for {100 * document['real'][judge]:.1f} % of the real images, which is hardly more "
+            f"than chance: its figures mean nothing. {cure}"
+            for judge, cure in (("judge", "--judge-steps trains it longer."),
+                                ("probe", "Its encoder may see no styles."))
+            if document["real"][judge] - chance < _LEAST_SKILL * (1 - chance)]
 
 
 def format_percent(value: dict[str, float]) -> str:

@@ -32,7 +32,8 @@ def evaluation(root: RootContents, run: Run, name: str, album: Album) -> Markup 
               for way, file, alt, line in _IMAGES if not way or way in ways]
     rows = [_row(row) for row in document["ways"] if row["way"] in summary.NAMES]
     return render("evaluation.html", run=run.name, name=name, changed=root.changed_inputs(path), rows=rows,
-                  album=album, images=images, document=document)
+                  album=album, images=images, document=document,
+                  weak=summary.describe_weak_judges(document))
 
 
 def _row(row: dict[str, Any]) -> list[str]:

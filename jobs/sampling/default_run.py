@@ -42,7 +42,7 @@ def default_run(databases: Sequence[Mixture], prompts: Sequence[str], *, dry_run
             return None
         import_run(run, BUNDLED)
     about = (", the bundled model, which was trained on emoji" if run.name == BUNDLED_RUN else
-             f", the newest one (step {run.latest_step()}); python -m jobs ls lists others")
+             f", the newest one (step {run.latest_step()}); for others: python -m jobs ls")
     more = f" and {len(prompts) - NAMED_PROMPTS} more" if len(prompts) > NAMED_PROMPTS else ""
     _log.info("sample: %s%s with the run %s%s", ", ".join(map(repr, prompts[:NAMED_PROMPTS])), more, run.name, about)
     return run

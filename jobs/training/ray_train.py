@@ -59,7 +59,7 @@ def train_on_ray(job: Job, config: ClusterConfig) -> None:
         thread.start()
         request = _StopRequest(launch)
         try:
-            with heartbeat.doing("train: starting the workers"), stop_on_signal(request.ask):
+            with heartbeat.doing("training on Ray"), stop_on_signal(request.ask):
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
             if known := _fatal_error(job, launch):

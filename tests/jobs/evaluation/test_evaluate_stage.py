@@ -59,6 +59,13 @@ def test_held_out_subjects_are_those_that_training_does_not_have(trained_root: P
     assert len(rows) == len(held_out)
 
 
+def test_a_judge_that_is_hardly_better_than_chance_is_named() -> None:
+    document = {"styles": ["flat", "line"], "real": {"judge": 0.498, "probe": 0.9}}
+    assert summary.describe_weak_judges(document) == [
+        "The judge is right for 49.8 % of the real images, which is hardly more than chance: its figures mean nothing. "
+        "--judge-steps trains it longer."]
+
+
 def test_everything_is_measured_and_reported(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(root / "runs/small/evaluations/few")
     assert _evaluate(root, "--name", "here") == 0
