@@ -61,6 +61,8 @@ check_shared_memory() {
 # but takes no jobs.
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
+TARGETS=prom_metrics_service_discovery
+
 check_ports() {
   local port
   for port in "$PORT" "$DASHBOARD_PORT"; do
@@ -112,6 +114,9 @@ up() {
     [ "$number" = 1 ] || more=(--num-gpus=0)
     node "worker-$number" --address="127.0.0.1:$PORT" --num-cpus=$((cores > 1 ? cores : 1)) "${more[@]}"
   done
+  # infra/prometheus/prometheus.yaml looks there.
+  mkdir -p -m 1777 /tmp/ray 2>/dev/null && ln -sfn "$RAY_FOLDER/head/$TARGETS.json" "/tmp/ray/$TARGETS-$PORT.json" ||
+    say "Prometheus does not find this cluster by itself: $RAY_FOLDER/head/$TARGETS.json has its targets"
   say "ready after $SECONDS s: $workers worker(s), dashboard http://127.0.0.1:$DASHBOARD_PORT"
   echo "export RAY_ADDRESS=127.0.0.1:$PORT RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD_PORT"
   echo "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/token"
@@ -119,6 +124,7 @@ up() {
 
 down() {
   local pids=()
+  rm -f "/tmp/ray/$TARGETS-$PORT.json"
   for file in "$STATE"/worker-*.pid "$STATE/head.pid"; do
     [ -f "$file" ] || continue
     kill -TERM "$(cat "$file")" 2>/dev/null && pids+=("$(cat "$file")")

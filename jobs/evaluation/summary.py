@@ -86,12 +86,17 @@ def markdown_table(document: dict[str, Any]) -> str:
 
 def describe_weak_judges(document: dict[str, Any]) -> list[str]:
     """A sentence for each judge that is hardly better than chance on real images."""
-    chance = 1 / len(document["styles"])
     return [f"The {judge} is right for {100 * document['real'][judge]:.1f} % of the real images, which is hardly more "
             f"than chance: its figures mean nothing. {cure}"
             for judge, cure in (("judge", "--judge-steps trains it longer."),
                                 ("probe", "Its encoder may see no styles."))
-            if document["real"][judge] - chance < _LEAST_SKILL * (1 - chance)]
+            if is_weak(document, judge)]
+
+
+def is_weak(document: dict[str, Any], judge: str) -> bool:
+    """Whether a judge of an evaluation is hardly better than chance on real images."""
+    chance = 1 / len(document["styles"])
+    return bool(document["real"][judge] - chance < _LEAST_SKILL * (1 - chance))
 
 
 def format_percent(value: dict[str, float]) -> str:

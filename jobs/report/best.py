@@ -6,6 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from jobs.evaluation import summary
 from jobs.report.collect import RootContents
 from jobs.report.render import Album, InlineImage, render
 from jobs.report.samples import read_images, read_samples
@@ -13,6 +14,7 @@ from jobs.runs.run import Run
 from jobs.sampling import queries
 from pipeline import storage
 
+_UNKNOWN = -1.0, 0.0  # accuracy and chance
 _REQUESTS = 3
 _MOST_IMAGES = 8
 """Images of one request, or requests if there is one database."""
@@ -20,12 +22,26 @@ _MOST_IMAGES = 8
 
 def best_run_first(root: RootContents) -> list[Run]:
     """The runs: first those with the best style accuracy in an evaluation, then those with the most steps."""
-    return sorted(root.runs, key=lambda run: (_accuracy(root, run), _steps(root, run)), reverse=True)
+    return sorted(root.runs, key=lambda run: (_accuracy(root, run)[0], _steps(root, run)), reverse=True)
 
 
-def _accuracy(root: RootContents, run: Run) -> float:
-    manifests = [root.manifest(f"{run.path}/evaluations/{name}") for name in root.evaluations(run)]
-    return max((manifest["info"].get("database", -1.0) for manifest in manifests if manifest), default=-1.0)
+def _accuracy(root: RootContents, run: Run) -> tuple[float, float]:
+    """The best style accuracy of a run, and that of chance; (-1, 0) without one.
+
+    An evaluation with a judge near chance does not count.
+    """
+    return max((_evaluated(root, f"{run.path}/evaluations/{name}") for name in root.evaluations(run)),
+               default=_UNKNOWN)
+
+
+def _evaluated(root: RootContents, path: str) -> tuple[float, float]:
+    manifest = root.manifest(path)
+    if not manifest or "database" not in manifest["info"]:
+        return _UNKNOWN
+    document = storage.read_json(storage.join(root.address, path, "evaluation.json"))
+    if summary.is_weak(document, "judge"):
+        return _UNKNOWN
+    return manifest["info"]["database"], 1 / len(document["styles"])
 
 
 def _steps(root: RootContents, run: Run) -> int:
@@ -67,9 +83,9 @@ def _render(root: RootContents, run: Run, folder: str, entries: list[dict[str, A
     data = read_images(folder, [entry | {"neighbors": []} for _, tiles in groups for _, entry in tiles])
     rows = [(title, [(label, _tile(entry, data[entry["file"]], album)) for label, entry in tiles])
             for title, tiles in groups]
-    accuracy = _accuracy(root, run)
+    accuracy, chance = _accuracy(root, run)
     return render("best.html", run=run.name, rows=rows, steps=_steps(root, run), requests=len(by_request),
-                  accuracy=accuracy if accuracy >= 0 else None, several=len(root.runs) > 1)
+                  accuracy=accuracy if accuracy >= 0 else None, chance=chance, several=len(root.runs) > 1)
 
 
 def _tile(entry: dict[str, Any], data: bytes | None, album: Album) -> InlineImage:

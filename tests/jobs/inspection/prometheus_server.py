@@ -58,7 +58,7 @@ class Prometheus:
 def running(folder: Path, discovery: str, exporter: int, *, every: str = "1s") -> Iterator[Prometheus]:
     """The server with the configuration and rules of infra/, where only places and intervals are others."""
     config = (INFRA / "prometheus/prometheus.yaml").read_text()
-    for setting, replacement in (("/tmp/ray/prom_metrics_service_discovery.json", discovery),
+    for setting, replacement in (("/tmp/ray/prom_metrics_service_discovery*.json", discovery),
                                  ("scrape_interval: 10s", f"scrape_interval: {every}"),
                                  ("evaluation_interval: 30s", f"evaluation_interval: {every}"),
                                  ("refresh_interval: 10s", "refresh_interval: 1s"),

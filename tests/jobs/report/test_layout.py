@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from jobs.report import report
+from jobs.report.best import best_run_first
+from jobs.report.collect import RootContents
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.config import EmbedConfig
@@ -99,6 +101,17 @@ def test_newer_samples_of_one_database_do_not_open_the_report(root: Path, tmp_pa
     report.write_report(str(copy), str(copy / "report.html"))
     head = (copy / "report.html").read_text().partition('<nav aria-label="Contents">')[0]
     assert head.count("<figcaption") == 3 * len(STYLES)
+
+
+@pytest.mark.parametrize(("judge", "first"), [(0.9, "a-first"), (0.51, "best")])
+def test_a_weak_judge_names_no_best_run(root: Path, tmp_path: Path, judge: float, first: str) -> None:
+    copy = shutil.copytree(root, tmp_path / "copy")
+    folder = copy / "runs/a-first/evaluations/all"
+    folder.mkdir(parents=True)
+    manifest = json.loads((copy / "runs/a-first/samples/all/manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"stage": "evaluate", "info": {"database": 0.5}}))
+    (folder / "evaluation.json").write_text(json.dumps({"styles": ["flat", "line"], "real": {"judge": judge}}))
+    assert best_run_first(RootContents(str(copy)))[0].name == first
 
 
 @NEEDS_CHROMIUM
