@@ -18,6 +18,9 @@ from typing import Any
 import pytest
 from _pytest.mark.expression import Expression
 
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # started with nohup: the tests of signals send it too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 # Before anything imports Ray or wandb: both write into the home folder.
 _HOME = tempfile.mkdtemp(prefix="rdm-tests-home-")
 os.environ.update(HOME=_HOME, WANDB_MODE="disabled", RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0",

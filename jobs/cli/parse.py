@@ -90,7 +90,8 @@ def _refuse_unknown_flags(verb: str, words: Sequence[str]) -> None:
     flags = list_flags(verb)
     for word in words[:words.index("--")] if "--" in words else words:
         flag = word.partition("=")[0]
-        if not re.fullmatch(r"--[A-Za-z][\w.-]*", flag) or flag.lower().replace("_", "-") in flags:
+        known = re.sub(r"(^--|\.)no-", r"\1", flag.lower().replace("_", "-"))  # --no-text is a spelling of --text
+        if not re.fullmatch(r"--[A-Za-z][\w.-]*", flag) or known in flags:
             continue
         close = difflib.get_close_matches(flag, sorted(flags), n=1)
         hint = f"did you mean {close[0]}?" if close else f"python -m jobs {verb} --help-all"

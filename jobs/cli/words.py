@@ -25,6 +25,7 @@ def join_repeated(kind: type, words: Sequence[str]) -> list[str]:
                        None)
         if earlier:  # the last place: tyro leaves a name at the end of the words to the verb
             groups.remove(earlier)
+        if earlier and (len(group) > 1 or "=" in group[0]):  # without a value it empties the list
             group = [*earlier, *([group[0].partition("=")[2]] if "=" in group[0] else []), *group[1:]]
         groups.append(group)
     return [word for group in groups for word in group]
@@ -44,7 +45,7 @@ def _split(words: Sequence[str]) -> list[list[str]]:
     """The words in groups: each flag with the words up to the next one. Everything from `--` on is one group."""
     groups: list[list[str]] = []
     for word in words:
-        is_flag = word == "--" or (word.startswith("-") and word.lstrip("-")[:1].isalpha())
+        is_flag = word == "--" or (word.startswith("--") and word[2:3].isalpha())  # -inf is a value
         if groups and (groups[-1][0] == "--" or not is_flag):
             groups[-1].append(word)
         else:

@@ -120,8 +120,8 @@ def test_the_driver_makes_the_grid_without_reading_the_images(root: Path, monkey
         for path in images:
             path.rename(path.with_suffix(".moved"))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(files, "storage_errors", lambda url, doing: (
-                reads.append(url) if doing == "read" else None, storage_errors(url, doing))[1])
+            patch.setattr(files, "storage_errors", lambda url, doing, **more: (
+                reads.append(url) if doing == "read" else None, storage_errors(url, doing, **more))[1])
             output = finish(stage, *arguments)
         for path in images:
             path.with_suffix(".moved").rename(path)

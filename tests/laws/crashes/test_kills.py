@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.cli import verbs as cli_verbs
 from tests.laws.crashes.roots import (
     REMOVE_PUBLISHED,
     RUNS,
@@ -25,7 +26,7 @@ _BY_THE_SAME_DRIVER = {"convert", "export", "evaluate", "style", "pipeline", "de
 def test_all_verbs_are_known() -> None:
     """A new verb that changes a root belongs into `roots.VERBS` or `roots.RUNS`."""
     verbs = {arguments[0] for arguments in (VERBS | RUNS).values()}
-    assert verbs | _READERS | _BY_THE_SAME_DRIVER == {*verbs.VERBS}
+    assert verbs | _READERS | _BY_THE_SAME_DRIVER == {*cli_verbs.VERBS}
 
 
 def test_forget_hides_an_image_of_each_version(template: Place, tmp_path: Path) -> None:
