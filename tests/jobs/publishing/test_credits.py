@@ -127,7 +127,8 @@ def test_forget_names_samples_that_show_an_image_and_credits_say_so(
     assert main(["forget", flag, name, "--root", root]) == 0
     shown = capsys.readouterr().out
     assert f"to remove it: python -m jobs rm runs/tiny/samples/first --root {root}\n" in shown
-    assert f" --source SOURCE --root {root} && python -m jobs gc art --keep 1 --lease 0 --root {root}\n" in shown
+    assert "which rebuild did not make" in shown
+    assert f"to remove the version: python -m jobs rm datasets/art/v1 --root {root}\n" in shown
     pictures = credits.list_credits("runs/tiny/samples/first", root)[0]["pictures"]
     assert [picture.get("note") for picture in pictures] == [None, "this image was taken down"]
     shown = tmp_path / "root/runs/tiny/samples/first/neighbors"
