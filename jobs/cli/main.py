@@ -17,16 +17,15 @@ from collections.abc import Sequence
 
 from jobs import __version__
 from jobs.cli.options import STOPPED
-from jobs.cli.parse import check_options, flags_of, parse_command
+from jobs.cli.parse import LOOK, check_options, flags_of, parse_command
 from jobs.cli.submit import check_needed
-from jobs.cli.verbs import GROUPS
 from jobs.telemetry import interrupts, logs, output
 from pipeline import storage
 from pipeline.hardware import devices
 from pipeline.stages.types import StageFailed
 
 _log = logging.getLogger(__name__)
-_NOTHING_TO_CONTINUE = {*GROUPS["watch"], "search", "versions", "credits", "recipes", "doctor", "plan", "init"}
+_NOTHING_TO_CONTINUE = {*LOOK, "credits", "recipes", "doctor", "plan", "init"}
 _NO_WAY = "hint: --root must be a place where this user may read and write, and TMPDIR too"
 _GO_ON = "hint: nothing that is recorded is lost; the same command continues from here"
 _FREE = ("hint: make room there, gc and rm need a few kB too. TMPDIR names the disk of scratch, RDM_CACHE that of the "

@@ -36,7 +36,7 @@ _FILES = ("image", "prompts", "tombstone", "adopt", "checkpoint")
 """Flags with the path of a file or folder to read, of the verbs where their values are texts."""
 _WRITTEN = {"export": "out", "show": "out", "search": "sheet", "credits": "sheet"}
 """The flag with the path of a file or folder that a verb writes, always on this machine."""
-_LOOK = {*GROUPS["watch"], "search", "versions"}
+LOOK = {*GROUPS["watch"], "search", "versions"}
 """Verbs that only read, for a user who waits. The others repeat requests to a store for minutes."""
 STORE_ANSWER_S = 30.0
 """Seconds within which a store must answer the first request of the verbs that only read."""
@@ -129,7 +129,7 @@ def _check_root(verb: str, options: Any) -> None:
     if not storage.is_local(root):
         if hasattr(options, "shard"):
             check_new_root(root, options.shard.source)
-        if verb in _LOOK and not is_waiting:
+        if verb in LOOK and not is_waiting:
             _check_answer(root)
         if verb in _READ_A_ROOT and not is_waiting:
             _check_store_root(root)

@@ -90,6 +90,8 @@ def _publish(build: "Rebuild", options: RebuildOptions, times: Times, following:
     before = sum(times.seconds.values())
     with times("all"), open_runner(options.common, options.cluster) as runner:
         result = run_rebuild(build, seal)
+    if result.get("by") == "another":
+        _log.info("rebuild: another command published %s@%s meanwhile", build.name, result["published"])
     whole = times.seconds.pop("all")
     times.add("publish", whole - (sum(times.seconds.values()) - before))
     seconds = {part: round(value, 1) for part, value in times.seconds.items()}

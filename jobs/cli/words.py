@@ -17,9 +17,13 @@ def join_repeated(kind: type, words: Sequence[str]) -> list[str]:
 
     tyro would keep the values of the last one.
     """
+    given = _split(words)
+    names = [name for group in given if (name := _name_of(group[0]))]
+    if len({*names}) == len(names):
+        return list(words)
     several = _find_flags_of_several(kind)
     groups: list[list[str]] = []
-    for group in _split(words):
+    for group in given:
         name = _name_of(group[0])
         earlier = next((other for other in groups if name.rpartition(".")[2] in several and _name_of(other[0]) == name),
                        None)
@@ -60,14 +64,14 @@ def _name_of(word: str) -> str:
 
 def _find_flags_of_several(kind: type) -> set[str]:
     """The fields of an options class, and of its sections, whose flag takes any number of values."""
-    found = set()
+    names = set()
     for name, hint in get_type_hints(kind, include_extras=True).items():
-        bare, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        if is_dataclass(bare) and isinstance(bare, type):
-            found |= _find_flags_of_several(bare)
-        elif get_origin(bare) is tuple and get_args(bare)[-1:] == (Ellipsis,) and not _takes_one(marks):
-            found.add(name)
-    return found
+        inner, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if is_dataclass(inner) and isinstance(inner, type):
+            names |= _find_flags_of_several(inner)
+        elif get_origin(inner) is tuple and get_args(inner)[-1:] == (Ellipsis,) and not _takes_one(marks):
+            names.add(name)
+    return names
 
 
 def _takes_one(marks: Sequence[Any]) -> bool:

@@ -269,7 +269,6 @@ class Rebuild:
         while True:
             before = Published.load(self.root, self.name, self.keys)
             if before.version == dataset.version:
-                _log.info("rebuild: another command published %s@%s meanwhile", self.name, dataset.version)
                 return {"published": dataset.version, "by": "another"}
             if before.is_removed and before.number >= number:
                 raise StageFailed(f"{dataset.name} was removed while {dataset.version} was built\n"
@@ -381,8 +380,7 @@ def _rebuild_claimed(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal)
 
 def _made(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal) -> dict[str, Any]:
     now = Published.load(rebuild.root, rebuild.name, rebuild.keys)
-    if past and now.version == dataset.version:
-        _log.info("rebuild: another command has published %s@%s since this one began", rebuild.name, dataset.version)
+    if past and now.version == dataset.version:  # another command published it after this one began
         return {"dataset": rebuild.name, "published": dataset.version, "by": "another"}
     if past:
         _log.warning("rebuild: the source equals that of %s, which was rolled back\n"
@@ -399,6 +397,5 @@ def _made(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal) -> dict[st
         return {"dataset": rebuild.name, "published": rebuild.before.version, "unchanged": True, **counts}
     rebuild.build(dataset, diff, seal)
     totals, reused = dataset.manifest("shards")["totals"], dataset.manifest("embeddings")["info"]["reused"]
-    left_out = {"left_out": totals["skipped"]} if totals["skipped"] else {}
-    return {"dataset": rebuild.name, **rebuild.publish(dataset), **counts, **left_out, "reused": reused,
-            "embedded": totals["samples"] - reused}
+    return {"dataset": rebuild.name, **rebuild.publish(dataset), **counts, "reused": reused,
+            "embedded": totals["samples"] - reused} | ({"left_out": totals["skipped"]} if totals["skipped"] else {})

@@ -154,9 +154,11 @@ def _remove_rest(current: Published) -> None:
     """Remove all of a dataset but the pointer and the marks of its versions."""
     for version in current.versions():
         folder = storage.join(current.folder, version)
-        for name in [*storage.list_folders(folder), *storage.list_names(folder)]:  # folders first
-            if name != version_marks.NAME:
-                storage.remove_tree(storage.join(folder, name))
+        for below in storage.list_folders(folder):
+            storage.remove_tree(storage.join(folder, below))
+        for file in storage.list_names(folder):  # also unfinished ones
+            if file != version_marks.NAME:
+                storage.remove(storage.join(folder, file))
 
 
 def _mark(root: str, path: str) -> str:

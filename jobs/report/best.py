@@ -38,10 +38,13 @@ def _evaluated(root: RootContents, path: str) -> tuple[float, float]:
     manifest = root.manifest(path)
     if not manifest or "database" not in manifest["info"]:
         return _UNKNOWN
-    document = storage.read_json(storage.join(root.address, path, "evaluation.json"))
-    if summary.is_weak(document, "judge"):
+    try:
+        document = root.evaluation(path)
+        if summary.is_weak(document, "judge"):
+            return _UNKNOWN
+        return manifest["info"]["database"], 1 / len(document["styles"])
+    except (ValueError, OSError, LookupError, TypeError):  # its own section names the damage
         return _UNKNOWN
-    return manifest["info"]["database"], 1 / len(document["styles"])
 
 
 def _steps(root: RootContents, run: Run) -> int:
@@ -51,12 +54,12 @@ def _steps(root: RootContents, run: Run) -> int:
 def best_images(root: RootContents, album: Album) -> Markup | None:
     """Images of the best run that has samples: the requests whose neighbors are nearest. None without samples.
 
-    They are of the samples with the most databases. Of equal ones the newest are shown.
+    They are of the samples with the most databases, the newest of equal ones.
     """
     for run in best_run_first(root):
         folders = [storage.join(root.address, run.path, "samples", name) for name in root.newest_samples(run)]
         if sets := [(folder, read_samples(root, folder)["pictures"]) for folder in folders]:
-            folder, entries = max(sets, key=lambda one: _extent(one[1]))
+            folder, entries = max(sets, key=lambda samples: _extent(samples[1]))
             return _render(root, run, folder, entries, album)
     return None
 

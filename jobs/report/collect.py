@@ -29,6 +29,7 @@ class RootContents:
         """The parts of the report that could not be read, with the reasons."""
         self._hidden: dict[Dataset, np.ndarray] = {}
         self._manifests: dict[str, dict[str, Any] | None] = {}
+        self._results: dict[str, dict[str, Any]] = {}
         self.datasets = datasets(self.address)
         self.runs = [Run(self.address, name) for name in self._folders("runs")]
         self.broken = ""
@@ -76,6 +77,12 @@ class RootContents:
         manifests = {name: self.manifest(f"{run.path}/samples/{name}") for name in self.samples(run)}
         sealed = {name: manifest["run"].get("sealed", "") for name, manifest in manifests.items() if manifest}
         return sorted(sealed, key=sealed.__getitem__, reverse=True)
+
+    def evaluation(self, path: str) -> dict[str, Any]:
+        """The results of a sealed evaluation, read once."""
+        if path not in self._results:
+            self._results[path] = storage.read_json(storage.join(self.address, path, "evaluation.json"))
+        return self._results[path]
 
     def checkpoints(self, run: Run) -> list[str]:
         """Names of the checkpoint folders of a run."""

@@ -26,7 +26,7 @@ def evaluation(root: RootContents, run: Run, name: str, album: Album) -> Markup 
     if root.manifest(path) is None:
         return None
     folder = storage.join(root.address, path)
-    document = storage.read_json(storage.join(folder, "evaluation.json"))
+    document = root.evaluation(path)
     ways = {row["way"] for row in document["ways"]}
     images = [(line, album.image(storage.read_bytes(storage.join(folder, file)), alt, side=_WIDE))
               for way, file, alt, line in _IMAGES if not way or way in ways]

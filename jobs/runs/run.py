@@ -2,6 +2,8 @@
 
 import contextlib
 import difflib
+import io
+import json
 import os
 import re
 import threading
@@ -33,9 +35,6 @@ def read_shown_rows(grid: bytes) -> list[dict[str, Any]] | None:
 
     OSError if it is no image, ValueError or DamagedFile if the text with the rows is damaged.
     """
-    import io
-    import json
-
     from PIL import Image
     with Image.open(io.BytesIO(grid)) as image:
         text = image.info.get(SHOWN_ROWS)

@@ -55,13 +55,13 @@ def _show_tally(line: LiveLine, now: dict[str, Any]) -> None:
               _describe_failures(now))
 
 
-def describe_progress(now: dict[str, Any], seconds: float = 0.0) -> str:
-    """The counts of a tally in one line. `seconds`: the time since the stage began."""
+def describe_progress(now: dict[str, Any], seconds: float | None = None) -> str:
+    """The counts of a tally in one line. `seconds`: the time since the stage began, if that is known."""
     total = f" of {now['of_rows']}" if now["of_rows"] else ""
     if not (now["rows"] or now["items"] or now["skipped"]):
         rows = total and f", 0{total} rows"
-        return (f"0 of {now['of_items']} items{rows}, the first ones are at work for "
-                f"{format_duration(round(seconds))}")
+        time_taken = "" if seconds is None else f" for {format_duration(round(seconds))}"
+        return f"0 of {now['of_items']} items{rows}, the first ones are at work{time_taken}"
     again = f" ({now['retried']} tried again)" if now["retried"] else ""
     unfinished = now["seconds_left"] and now["items"] < now["of_items"]
     time_left = f", {format_duration(now['seconds_left'])} left" if unfinished else ""

@@ -248,7 +248,7 @@ def empty_folder(folder: str) -> None:
     """Remove a folder. The order matters: a process that is killed leaves no old result for a new plan."""
     if storage.exists(storage.join(folder, "plan.json")):
         storage.remove(storage.join(folder, "manifest.json"))
-        for name in [*storage.list_folders(folder), *storage.list_names(folder)]:
+        for name in [*storage.list_folders(folder), *storage.list_files(folder)]:
             if name != "plan.json":
                 storage.remove_tree(storage.join(folder, name))
         storage.remove_tree(folder)

@@ -57,7 +57,7 @@ class Holder:
     @property
     def is_dead(self) -> bool:
         """Whether this was a process of this machine and is gone."""
-        return self.machine == _machine() and _process_start(self.pid) != self.started
+        return self.is_on_this_machine and _process_start(self.pid) != self.started
 
     @property
     def is_on_this_machine(self) -> bool:
@@ -67,7 +67,7 @@ class Holder:
     @property
     def is_this_process(self) -> bool:
         """Whether this process holds it."""
-        return self.machine == _machine() and self.pid == os.getpid()
+        return self.is_on_this_machine and self.pid == os.getpid()
 
 
 class LeaseConflict(RuntimeError):

@@ -112,6 +112,8 @@ def test_a_weak_judge_names_no_best_run(root: Path, tmp_path: Path, judge: float
     (folder / "manifest.json").write_text(json.dumps(manifest | {"stage": "evaluate", "info": {"database": 0.5}}))
     (folder / "evaluation.json").write_text(json.dumps({"styles": ["flat", "line"], "real": {"judge": judge}}))
     assert best_run_first(RootContents(str(copy)))[0].name == first
+    (folder / "evaluation.json").write_text("{")
+    assert best_run_first(RootContents(str(copy)))[0].name == "best"  # the damage does not stop the report
 
 
 @NEEDS_CHROMIUM

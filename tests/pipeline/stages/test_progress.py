@@ -181,6 +181,8 @@ def test_a_report_that_is_being_written_does_not_count(tmp_path):
     for name in ("000000.json", ".000000.json.0123456789abcdef"):
         (tmp_path / "progress" / name).write_text(json.dumps(report))
     assert tally.look()["rows"] == 70
+    nothing = Tally(str(tmp_path / "other"), 2, 200).look()
+    assert describe_progress(nothing).endswith(" at work") and describe_progress(nothing, 12.0).endswith("for 12 s")
     tally.record(make_record("000000", 100), 0)
     assert tally.look()["rows"] == 100
 
