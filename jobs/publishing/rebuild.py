@@ -87,10 +87,7 @@ class Rebuild:
     @cached_property
     def last(self) -> Dataset | None:
         """The published version, if any part of it can be reused."""
-        if self.config.full:
-            return None
-        last = self._base
-        if last is None:
+        if self.config.full or (last := self._base) is None:
             return None
         now = Update.section_of(self.shard)
         there = {key: value for key, value in last.manifest("shards")["section"].items() if key != "rewrite"}
