@@ -114,7 +114,8 @@ version=
 if [ -e "$venv" ] || [ -L "$venv" ]; then
   judge
   state=$(cat requirements.lock pyproject.toml | cksum)
-  if [ -z "$unusable" ] && [ -f "$done_file" ] && [ "$(sed -n 1p "$done_file")" = "$state" ]; then
+  copy=$(echo "$venv"/lib/python3*/site-packages/jobs)  # `pip install .` replaces the editable installation by a copy
+  if [ -z "$unusable" ] && [ -f "$done_file" ] && [ "$(sed -n 1p "$done_file")" = "$state" ] && [ ! -d "$copy" ]; then
     exit 0
   fi
 else

@@ -25,6 +25,7 @@ from jobs.cluster.config import ClusterConfig
 from jobs.evaluation.config import EvaluateConfig
 from jobs.sampling.config import QueryConfig, SampleConfig
 from jobs.telemetry import interrupts, output
+from jobs.telemetry.units import format_count
 from jobs.training.config import ConvertConfig
 from model.config import TrainConfig
 from pipeline import storage
@@ -268,7 +269,7 @@ class EvaluateOptions:
 
 
 def run_evaluate(options: EvaluateOptions) -> int:
-    from jobs.evaluation.evaluate_stage import Evaluation, check_same_data, plan_ways
+    from jobs.evaluation.evaluate_stage import Evaluation, check_same_data, count_images, plan_ways
     from jobs.evaluation.evaluation_data import evaluation_data
     from jobs.evaluation.judge_stage import StyleClassifierStage
     from jobs.runs.run import Run
@@ -285,6 +286,10 @@ def run_evaluate(options: EvaluateOptions) -> int:
     stage = options.stage
     if options.common.dry_run:
         return print_forecast(judging, options, options.cluster)
+    images = count_images(planned[1], len(databases), options.evaluate.seeds)
+    _log.info("evaluate: the judge of %s learns from %s images, and then judges %s that the run generates",
+              format_count(len(databases), "style"), format_count(judging.rows(judging.plan()[0])),
+              format_count(images, "image"))
     with open_runner(options.common, options.cluster) as runner:
         run_observed(judging, runner, trackers=stage.tracker, overwrite=stage.overwrite)
         evaluation = Evaluation(*request, planned, options.name)

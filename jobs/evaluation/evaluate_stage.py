@@ -87,6 +87,15 @@ def plan_ways(judging: StyleClassifierStage, mixed: Dataset, step: int, encoder:
     return prompts, ways
 
 
+def count_images(ways: Sequence[tuple[StyleRequest, int]], styles: int, seeds: int) -> int:
+    """The images that the ways of `plan_ways` generate for a number of styles."""
+    return seeds * sum(count * (styles if _is_for_each_style(way) else 1) for way, count in ways)
+
+
+def _is_for_each_style(way: StyleRequest) -> bool:
+    return way.named or way.source == "style"
+
+
 class Evaluation(Stage):
     """The stage from a run, databases and judges to runs/<run>/evaluations/<hash>; an item for each way and style."""
 
@@ -134,7 +143,7 @@ class Evaluation(Stage):
         items = []
         for way, count in ways:
             # A request without a style runs once.
-            for number, database in enumerate(self.databases if way.named or way.source == "style" else [None]):
+            for number, database in enumerate(self.databases if _is_for_each_style(way) else [None]):
                 items.append(Item(item_id(way.id, database), {"way": asdict(way), "style": number,
                                                           "prompts": list(prompts[:count]),
                                                           "count": count * self.config.seeds}))

@@ -181,9 +181,11 @@ def _after_training(stage: Stage) -> str:
 
 def _after_sample(stage: Stage) -> str:
     """Evaluate, or list the credits of the samples if the root has too few databases for it."""
+    from jobs.config.recipes import RECIPES
     from jobs.evaluation.evaluation_data import can_evaluate
     run = Run(stage.root, stage.path.split("/")[1])
-    return f"evaluate {run.name}" if can_evaluate(run) else f"credits {stage.path}"
+    recipe = f" --recipe {run.name}" if run.name in RECIPES else ""  # the bundled run has the name of its recipe
+    return f"evaluate {run.name}{recipe}" if can_evaluate(run) else f"credits {stage.path}"
 
 
 _FOLLOWING: dict[str, Callable[[Stage], str]] = {

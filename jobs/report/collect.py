@@ -13,6 +13,7 @@ from jobs.report.render import render
 from jobs.runs.run import Run
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, datasets
+from pipeline.datasets.names import version_number
 from pipeline.stages.documents import check_plan, check_sealed
 from pipeline.takedowns.hidden_rows import read_hidden_rows
 from pipeline.takedowns.takedown_list import Forgotten, read_takedowns
@@ -39,6 +40,18 @@ class RootContents:
             self.stages, self.broken = [], str(error)  # the table of stages reports it
             _log.debug("report: the states of the stages could not be read", exc_info=True)
         self._states = {state["path"]: state for state in self.stages}
+
+    @cached_property
+    def current(self) -> list[Dataset]:
+        """One version of each dataset: the published one, or else the newest with sealed shards."""
+        published = {"/".join(state["path"].split("/")[:3]) for state in self.stages if state.get("published")}
+
+        def rank(dataset: Dataset) -> tuple[bool, bool, int, str]:
+            return (f"datasets/{dataset.name}/{dataset.version}" in published,
+                    self.manifest(dataset.path("shards")) is not None, version_number(dataset.version), dataset.version)
+
+        by_name = {dataset.name: dataset for dataset in sorted(self.datasets, key=rank)}
+        return [dataset for dataset in self.datasets if by_name[dataset.name] is dataset]
 
     def manifest(self, path: str) -> dict[str, Any] | None:
         """The manifest of the stage folder `path`, None if it is not sealed or not readable."""

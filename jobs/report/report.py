@@ -92,8 +92,10 @@ def _neighbors(root: RootContents, album: Album) -> Markup | None:
 
 def _datasets(root: RootContents, album: Album) -> Markup | None:
     sheets = [root.try_part(dataset.path("shards"), images.contact_sheet, root, dataset, album)
-              for dataset in root.datasets]
-    return _section("Images spread evenly over each dataset, with their captions.", sheets)
+              for dataset in root.current]
+    more = len(root.datasets) - len(root.current)
+    return _section("Images spread evenly over each dataset, with their captions.", sheets,
+                    f"The root has {format_count(more, 'other version')} of these datasets." if more else "")
 
 
 def _indices(root: RootContents) -> Markup | None:

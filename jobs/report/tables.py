@@ -28,8 +28,8 @@ _QUERIES = {"image": "images as queries", "text": "captions as queries"}
 
 
 def headline(root: RootContents) -> Markup | None:
-    """The amount of data and the quality, in a few numbers. None if there are none."""
-    shards, indices = ([manifest for dataset in root.datasets if (manifest := root.manifest(dataset.path(name)))]
+    """The amount of data and the quality, in a few numbers. None if there are none. One version of a dataset counts."""
+    shards, indices = ([manifest for dataset in root.current if (manifest := root.manifest(dataset.path(name)))]
                        for name in ("shards", "index"))
     corpora = [state["samples"] for state in root.stages if state.get("stage") == "pictures" and "samples" in state]
     shown: list[tuple[str, str]] = []

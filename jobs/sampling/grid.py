@@ -4,23 +4,26 @@ import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline.media import tars
 
 SHOWN_NEIGHBORS = 4
 _GAP = 4
 """Pixels between an image and its neighbors."""
+_LEAST = 128
+"""The least pixels of a side of an image on the grid."""
 
 
 def grid_cell(image: Image.Image, neighbors: Sequence[Image.Image]) -> Image.Image:
-    """An image at twice its size, and a column of its first neighbors at half size."""
-    size = image.width
-    cell = Image.new("RGB", (2 * size + _GAP + size // 2, 2 * size), "white")
-    cell.paste(image.resize((2 * size, 2 * size), Image.Resampling.LANCZOS), (0, 0))
+    """An image, enlarged at least twice and to at least 128 pixels, and a column of its first neighbors beside it."""
+    size = image.width * max(2, -(-_LEAST // image.width))
+    small = size // SHOWN_NEIGHBORS
+    cell = Image.new("RGB", (size + _GAP + small, size), "white")
+    cell.paste(image.resize((size, size), Image.Resampling.LANCZOS), (0, 0))
     for rank, neighbor in enumerate(neighbors[:SHOWN_NEIGHBORS]):
-        small = neighbor.resize((size // 2, size // 2), Image.Resampling.LANCZOS)
-        cell.paste(small, (2 * size + _GAP, rank * size // 2))
+        fitted = ImageOps.pad(neighbor, (small, small), Image.Resampling.LANCZOS, "white")
+        cell.paste(fitted, (size + _GAP, rank * small))
     return cell
 
 

@@ -58,10 +58,12 @@ class Validation:
             own = Embeddings(dataset, OWN[self.config.own]).rows(rows)
             context = torch.cat([torch.from_numpy(own).float()[:, None], context], 1)
         self.context = self.config.context_norm * context
-        self.pictures = lookup.samples(dataset, rows[:_SHOWN].tolist())
-        rows_of_neighbors = sorted({int(row) for row in ids[:_SHOWN].ravel() if row >= 0})
+        # Spread over all of them: rows that follow each other often have one subject.
+        self.shown = np.linspace(0, len(rows) - 1, min(len(rows), _SHOWN)).astype(np.int64)
+        self.pictures = lookup.samples(dataset, rows[self.shown].tolist())
+        self.ids = ids[self.shown]
+        rows_of_neighbors = sorted({int(row) for row in self.ids.ravel() if row >= 0})
         self.near = dict(zip(rows_of_neighbors, lookup.samples(job.database, rows_of_neighbors), strict=True))
-        self.ids = ids
         self.x0 = self._latents(rows) if job.latents else self._pixels(rows)  # (N, C, h, w)
         self.eps = randomness.noise(self.config.seed, "validation", 0, range(len(rows)), self.x0.shape[1:])
         levels = (np.arange(len(rows)) + 0.5) / len(rows) * self.config.diffusion.timesteps
@@ -87,7 +89,7 @@ class Validation:
             return None
         count = len(self.pictures)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._half(device)):
-            generated = sample(network, self.config.diffusion, self.context[:count].to(device),
+            generated = sample(network, self.config.diffusion, self.context[self.shown].to(device),
                            initial_noise(self.config.seed, range(count), self.x0.shape[1:]).to(device),
                            steps=_STEPS, guidance=1.5, sampler=_sampler(self.config), clamp=not self.job.latents)
         decoded = self._decode_latents(generated.float()) if self.job.latents else generated

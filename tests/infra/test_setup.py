@@ -136,6 +136,9 @@ def test_setup_repeats_nothing_and_installs_a_changed_lock(machine: Machine) -> 
     assert re.fullmatch(r"setup: installing the packages of .*\nsetup: done\. .*: \. .venv/bin/activate\n", said)
     assert machine.log.read_text() == installed
     assert machine.setup().stderr == "" and machine.log.read_text() == ""
+    (machine.venv / "lib/python3.13/site-packages/jobs").mkdir(parents=True)  # `pip install .` copies the code
+    machine.setup()
+    assert machine.log.read_text() == installed
 
 
 def test_pip_replaces_a_failing_uv_and_a_failed_install_is_resumed(machine: Machine) -> None:
@@ -214,6 +217,7 @@ def test_the_faults_of_a_real_interpreter_are_named(machine: Machine, tmp_path: 
     assert machine.setup().stderr.startswith(f"{LINE}python3 (Python {version}) lacks ensurepip. hint: ")
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_setup_works_with_a_small_lock(machine: Machine) -> None:
     lock = (machine.repository / "requirements.lock").read_text()

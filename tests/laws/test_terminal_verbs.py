@@ -106,6 +106,7 @@ def _with_root(commands: list[list[str]], root: str) -> list[list[str]]:
             for words in commands]
 
 
+@pytest.mark.slow
 def test_verbs_print_no_control_characters_of_others(place: Path) -> None:
     root = str(place / "root")
     shown = check_verbs(_with_root(_commands(place), root))

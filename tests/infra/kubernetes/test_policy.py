@@ -32,6 +32,7 @@ def test_every_exception_has_a_reason() -> None:
     assert not [pattern for each in exceptions for pattern in each["resources"] if pattern.startswith("*")]
 
 
+@pytest.mark.slow
 def test_unsafe_manifests_are_found(tmp_path: Path) -> None:
     cluster = yaml.safe_load((INFRA / "kubernetes/base/cluster.yaml").read_text())
 

@@ -130,6 +130,7 @@ def _query_over_run(watched_run: Any, expression: str) -> list[dict[str, Any]]:
 
 
 @needs_prometheus
+@pytest.mark.slow
 @pytest.mark.ray
 def test_every_query_of_the_dashboard_has_an_answer(watched_run: Any) -> None:
     gpu = bool(_query_over_run(watched_run, "ray_node_gpus_available > 0"))
@@ -144,6 +145,7 @@ def test_every_query_of_the_dashboard_has_an_answer(watched_run: Any) -> None:
 
 
 @needs_prometheus
+@pytest.mark.slow
 @pytest.mark.ray
 def test_every_operand_of_an_alert_has_values(watched_run: Any) -> None:
     rules = yaml.safe_load((prometheus_server.INFRA / "prometheus/rules.yaml").read_text())
@@ -157,6 +159,7 @@ def test_every_operand_of_an_alert_has_values(watched_run: Any) -> None:
 
 
 @needs_prometheus
+@pytest.mark.slow
 @pytest.mark.ray
 def test_prometheus_has_the_counts_of_the_run(watched_run: Any) -> None:
     server, _, root = watched_run

@@ -299,6 +299,18 @@ def test_indices_with_a_search_parameter_show_their_tuning(tmp_path: Path):
     assert "The share that a larger search effort finds" in page and page.count('<figure class="tuning">') == 1
 
 
+def test_a_dataset_counts_once_whatever_its_versions(tmp_path: Path, drawn_pictures: Path):
+    for name in ("line@v1", "line@v2", "line@v3"):
+        shards(tmp_path, name, drawn_pictures)
+    shutil.rmtree(tmp_path / "datasets/line/v3/shards")  # a version that was only begun
+    page = report_page(tmp_path)
+    assert re.search(r"samples in 1 dataset, .* given\s+36\s", Document(page).text) and "2 other versions" in page
+    assert "line@v2" in page[page.index("<h2>Datasets</h2>"):page.index("<h2>Stages</h2>")]
+    (tmp_path / "datasets/line/current.json").write_text(json.dumps({"version": "v1", "number": 1}))
+    page = report_page(tmp_path)
+    assert "line@v2" not in page[page.index("<h2>Datasets</h2>"):page.index("<h2>Stages</h2>")]
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
 def test_a_browser_shows_the_report(root: Path, page: str, tmp_path: Path):

@@ -143,17 +143,16 @@ def test_the_driver_makes_the_grid_without_reading_the_images(root: Path, monkey
 
 
 def _grid_of_files(folder: Path) -> bytes:
-    """The grid, made from the image files: each at twice its size beside its first four neighbors at half size."""
+    """The grid, made from the image files: each 128 pixels wide beside its first four neighbors of 32 pixels."""
     document = json.loads((folder / "samples.json").read_text())
     cells = []
     for entry in document["pictures"]:
         image = Image.open(folder / entry["file"])
-        size = image.width
-        cell = Image.new("RGB", (2 * size + 4 + size // 2, 2 * size), "white")
-        cell.paste(image.resize((2 * size, 2 * size), Image.Resampling.LANCZOS), (0, 0))
+        cell = Image.new("RGB", (164, 128), "white")
+        cell.paste(image.resize((128, 128), Image.Resampling.LANCZOS), (0, 0))
         for rank, neighbor in enumerate(entry["neighbors"][:4]):
-            small = Image.open(folder / neighbor["file"]).resize((size // 2, size // 2), Image.Resampling.LANCZOS)
-            cell.paste(small, (2 * size + 4, rank * size // 2))
+            small = Image.open(folder / neighbor["file"]).resize((32, 32), Image.Resampling.LANCZOS)
+            cell.paste(small, (132, rank * 32))
         cells.append(cell)
     labels = document["databases"]
     sheet = contact_sheet(cells, len(labels), cell=cells[0].width,

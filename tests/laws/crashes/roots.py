@@ -41,6 +41,8 @@ class Place:
     root: str
     known: set[tuple[Any, ...]] = field(default_factory=set)
     """The checks that a state has passed, here or at another copy of the same template."""
+    writes: dict[tuple[str, bool], int] = field(default_factory=dict)
+    """The writes that a verb makes on a copy of the same template, by verb and by whether the root is local."""
 
     @property
     def source(self) -> Path:
@@ -182,9 +184,11 @@ _DAMAGE: dict[str, Callable[[Place], None]] = {"repair": _damage_pointer, "repai
 
 
 def count_writes(template: Place, folder: Path, verb: str, bucket: str = "") -> int:
-    """How many writes a verb makes when it is alone."""
-    place = prepare_place(template, folder, verb, bucket)
-    return place.run(place.arguments(verb)).writes
+    """How many writes a verb makes when it is alone. Counted once for each template."""
+    if (verb, not bucket) not in template.writes:
+        place = prepare_place(template, folder, verb, bucket)
+        template.writes[verb, not bucket] = place.run(place.arguments(verb)).writes
+    return template.writes[verb, not bucket]
 
 
 def sweep(check: Callable[[int], bool], *, stride: int = 1) -> None:

@@ -303,6 +303,7 @@ def test_a_missing_archive_has_a_clear_message(tmp_path):
         emoji.catalog(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
 def test_the_real_packages_are_read(tmp_path):
