@@ -277,7 +277,9 @@ def run_evaluate(options: EvaluateOptions) -> int:
     from jobs.telemetry.observe import run_observed
     from pipeline.embeddings.clip_weights import encoder_of
     run = Run.parse(options.common.root, options.run)
-    dataset, train_database, databases = evaluation_data(run, options.database)
+    dataset, train_database, databases, unfit = evaluation_data(run, options.database)
+    for database, reason in unfit:
+        _log.info("evaluate: %s is left out: %s", database.label, reason)
     check_same_data(run, dataset)
     judging = StyleClassifierStage(run, dataset, databases, options.evaluate.judge_steps)
     encoder = encoder_of(f"the run {run.name}", run.encoder(), options.embed.clip())

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from jobs.evaluation.evaluate_stage import check_same_data
-from jobs.evaluation.held_out import held_out_captions
+from jobs.evaluation.held_out import has_unseen_and_seen, held_out_captions
 from jobs.evaluation.judge_stage import StyleClassifierStage
 from jobs.runs.run import Run
 from pipeline.datasets.dataset import Dataset, datasets
@@ -12,11 +12,13 @@ from pipeline.releases import published
 from pipeline.releases.signatures import read_release_keys
 
 
-def evaluation_data(run: Run, names: Sequence[str] = ()) -> tuple[Dataset, Dataset, list[Dataset]]:
-    """The dataset and the database of the training, and the databases to evaluate.
+def evaluation_data(run: Run, names: Sequence[str] = ()
+                    ) -> tuple[Dataset, Dataset, list[Dataset], list[tuple[Dataset, str]]]:
+    """The dataset and the database of the training, the databases to evaluate, and those left out with the reasons.
 
-    `names`: the databases. Default: the newest version of every other dataset of the root that has an index.
-    ValueError if it is not known what the run was trained on.
+    `names`: the databases. Default: the newest version of every other dataset of the root. It needs an index,
+    the encoder of the run, and images that a judge can be tested on. ValueError if it is not known what the run was trained on, or
+    if a named database lacks what a judge needs.
     """
     root, section = run.root, run.section()
     if "dataset" not in section:
@@ -26,7 +28,19 @@ def evaluation_data(run: Run, names: Sequence[str] = ()) -> tuple[Dataset, Datas
               if other.is_sealed("index") and other.name not in {dataset.name, database.name}}
     newest |= {name: published.open_dataset(root, name) for name in newest
                if read_release_keys().accepted or published.Published.load(root, name).version}
-    return dataset, database, [published.open_dataset(root, name) for name in names] or list(newest.values())
+    candidates = [published.open_dataset(root, name) for name in names] or list(newest.values())
+    unfit = [] if names else [(other, f"it was not embedded by the encoder of {run.name}") for other in candidates
+                              if dataset_encoder(other) != run.encoder()]
+    fitting = [other for other in candidates if other not in dict(unfit)]
+    judged = [other for other in fitting if has_unseen_and_seen(dataset, other)]
+    if not judged:  # then the judge tests itself on a tenth of the images of each
+        return dataset, database, fitting, unfit
+    unfit += [(other, "a judge needs images of subjects that training has seen, and of others")
+              for other in fitting if other not in judged]
+    if names and unfit:
+        raise ValueError(f"{unfit[0][0].label} cannot be evaluated with the others: {unfit[0][1]}\n"
+                         f"hint: {' '.join(f'--database {other.label}' for other in judged)}")
+    return dataset, database, judged, unfit
 
 
 def can_evaluate(run: Run) -> bool:
@@ -35,7 +49,7 @@ def can_evaluate(run: Run) -> bool:
     These are the training data, two databases with the encoder of the run, and captions that training has not seen.
     """
     try:
-        dataset, database, databases = evaluation_data(run)
+        dataset, database, databases, _ = evaluation_data(run)
         if not run.section().get("step"):  # an imported run only gets a warning
             check_same_data(run, dataset)
         StyleClassifierStage(run, dataset, databases, 1).inputs()

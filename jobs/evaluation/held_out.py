@@ -9,6 +9,7 @@ import numpy as np
 from pipeline.corpora.vocabulary import name_hash
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
+from pipeline.takedowns.hidden_rows import read_hidden_rows
 
 
 def held_out_captions(dataset: Dataset, databases: Sequence[Dataset]) -> list[str]:
@@ -36,6 +37,14 @@ def rows_with_captions(dataset: Dataset, captions: frozenset[str]) -> np.ndarray
         matching += [offset + number for number, row in enumerate(rows) if (row["caption"] or "").strip() in captions]
         offset += len(rows)
     return np.array(matching, np.int64)
+
+
+def has_unseen_and_seen(dataset: Dataset, database: Dataset) -> bool:
+    """Whether visible images of a database have captions that the dataset of a run lacks, and others have not."""
+    rows = np.setdiff1d(np.arange(database.manifest("shards")["totals"]["samples"]), read_hidden_rows(database))
+    unseen = _captions_of_dataset(database) - _captions_of_dataset(dataset)
+    among = np.isin(rows, rows_with_captions(database, unseen))
+    return bool(among.any() and not among.all())
 
 
 def item_id(way: str, database: Dataset | None) -> str:

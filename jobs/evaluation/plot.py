@@ -15,15 +15,16 @@ _INTERVAL: dict[str, Any] = {"capsize": 2.5, "error_kw": {"ecolor": plot_style.C
 
 
 def write_plot(document: dict[str, Any], path: Path) -> None:
-    """Write a PNG: style accuracy of each way, of each style, and over the sweeps, with intervals."""
+    """Write a PNG: style accuracy of each way, of each style, and over each sweep that was made, with intervals."""
     ways = [row for row in document["ways"] if row["way"] in NAMES and row["way"] != "neither"]
     with plot_style.plot_style():
         figure = plot_style.new_figure(*_PLOT_SIZE, layout="constrained")
-        axes = figure.subplots(1, 4, width_ratios=(1.2, 2.6, 1, 1))
+        sweeps = {name: points for name in ("k", "guidance") if (points := _sweep_points(name, document))}
+        axes = figure.subplots(1, 2 + len(sweeps), width_ratios=(1.2, 2.6, *[1] * len(sweeps)))
         _plot_ways(axes[0], ways)
         _plot_styles(axes[1], ways, document)
-        for axis, name in zip(axes[2:], ("k", "guidance"), strict=True):
-            _plot_sweep(axis, name, document)
+        for axis, (name, points) in zip(axes[2:], sweeps.items(), strict=True):
+            _plot_sweep(axis, name, points)
         for axis in axes:
             axis.axhline(100 / len(document["styles"]), color=plot_style.COLORS["quiet"], linewidth=1, linestyle=":")
             axis.set_ylim(0, 100)
@@ -57,18 +58,21 @@ def _plot_styles(axis: "Axes", ways: Sequence[dict[str, Any]], document: dict[st
     axis.set_title("each style")
 
 
-def _plot_sweep(axis: "Axes", name: str, document: dict[str, Any]) -> None:
+def _sweep_points(name: str, document: dict[str, Any]) -> list[tuple[float, dict[str, Any]]]:
+    """The values of `k` or `guidance` that were measured, ascending, with their results."""
+    return sorted(((float(row["way"].split("-", 1)[1]), row) for row in document["ways"]
+                   if row["way"].startswith(f"{name}-")), key=lambda point: point[0])
+
+
+def _plot_sweep(axis: "Axes", name: str, points: Sequence[tuple[float, dict[str, Any]]]) -> None:
     """Style accuracy over the values of `k` or `guidance`."""
-    points = sorted(((float(row["way"].split("-", 1)[1]), row) for row in document["ways"]
-                     if row["way"].startswith(f"{name}-")), key=lambda point: point[0])
     for judge, line, color in (("judge", "o-", plot_style.SERIES[0]), ("probe", "s--", plot_style.SERIES[1])):
         axis.errorbar([x for x, _ in points], [100 * row[judge]["mean"] for _, row in points], fmt=line, color=color,
                       yerr=_error_bars(row[judge] for _, row in points), markersize=5, capsize=3, label=judge)
-    if points:
-        axis.set_xscale("log", base=2)
-        axis.set_xticks([x for x, _ in points], [f"{x:g}" for x, _ in points])
-        axis.margins(x=0.08)
-        axis.legend(loc="best")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([x for x, _ in points], [f"{x:g}" for x, _ in points])
+    axis.margins(x=0.08)
+    axis.legend(loc="best")
     axis.set_title("swapped databases")
     axis.set_xlabel("neighbors k" if name == "k" else name)
 

@@ -177,7 +177,7 @@ def _state(root: str, path: str) -> dict[str, Any]:
     items = records.count(plan["items"])
     about = {"stage": plan["stage"], "items": items}
     changed = changed_inputs(root, plan)
-    if manifest is None:
+    if manifest is None or (plan["stage"] == "train" and _goes_on(root, path, manifest)):
         for name in storage.list_files(storage.join(root, path, "more")):
             url = storage.join(root, path, "more", name)
             items += records.count(check_more_items(storage.read_json(url), url)["items"])
@@ -212,6 +212,13 @@ def _state(root: str, path: str) -> dict[str, Any]:
         sealed |= {"dataset": _dataset(plan), "curve": curve, "fault": None, "of_steps": manifest["info"].get("steps")}
         sealed["bytes"] += sum(entry["bytes"] for step in run.steps() for entry in run.checkpoint(step)["files"])
     return sealed
+
+
+def _goes_on(root: str, path: str, manifest: dict[str, Any]) -> bool:
+    """Whether a finished run was started again with more steps, and has not made them."""
+    now = _progress(root, path)
+    more = now.get("of_steps", 0) if now and not seconds_silent(now) else 0
+    return more > manifest["info"].get("steps", more) or not Run(root, path.split("/")[1]).is_finished()
 
 
 def _detail(state: dict[str, Any]) -> str:

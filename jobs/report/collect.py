@@ -118,12 +118,15 @@ class RootContents:
     def is_hidden(self, neighbor: Mapping[str, Any], label: str) -> bool:
         """Whether a neighbor of a sample (sha256, row) must not be shown. `label`: the database of its entry.
 
-        The takedown list has no hashes for a domain and for tombstones, so the hidden rows count too.
+        The takedown list has no hashes for a domain and for tombstones, so the hidden rows count too. If the version
+        was removed, they are not known: with a domain in the list no neighbor of that version is shown.
         """
         if self.forgotten.has(neighbor):
             return True
         database = Dataset.parse(self.address, neighbor.get("database", label))
-        return database.is_sealed("shards") and bool(np.isin(neighbor["row"], self.hidden_rows(database)))
+        if not database.is_sealed("shards"):
+            return bool(self.forgotten.domains)
+        return bool(np.isin(neighbor["row"], self.hidden_rows(database)))
 
     @cached_property
     def forgotten(self) -> Forgotten:

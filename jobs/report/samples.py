@@ -15,7 +15,7 @@ from jobs.telemetry.units import format_count
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import metadata
-from pipeline.storage import DamagedFile
+from pipeline.storage import DamagedFile, RemovedVersion
 
 _ROWS = 40
 _SAMPLERS = {"ddim": "DDIM", "dpm++": "DPM-Solver++", "euler": "Euler", "heun": "Heun"}
@@ -126,9 +126,11 @@ def _held_out(root: RootContents, labels: Sequence[str], prompts: Sequence[str])
     for label in labels:
         try:
             members |= dict.fromkeys(Mixture.parse(root.address, label).members)
+        except RemovedVersion:
+            continue
         except DamagedFile:
             raise
-        except ValueError:  # a database may have been removed since
+        except ValueError:  # a dataset may have been removed since
             continue
     for dataset in members:
         result |= {prompt: result.get(prompt, False) or held for prompt, held in _subjects(dataset, prompts).items()}

@@ -96,8 +96,12 @@ class Run:
         return self.section() if storage.exists(storage.join(self.folder, "plan.json")) else {}
 
     def is_finished(self) -> bool:
-        """Whether the run was trained to its last step, imported or converted."""
-        return storage.exists(storage.join(self.folder, "manifest.json"))
+        """Whether the run was trained to its last step, imported or converted. A longer training makes it unfinished."""
+        if not storage.exists(storage.join(self.folder, "manifest.json")):
+            return False
+        finished = read_manifest(self.folder, self.command)["info"].get("steps")
+        newest = self.steps()[-1:]
+        return finished is None or not newest or newest[0] <= finished or newest[0] >= self.config(newest[0])["steps"]
 
     def validated(self, step: int) -> str:
         """The URL of the images of a validation."""

@@ -61,9 +61,9 @@ class Validation:
         # Spread over all of them: rows that follow each other often have one subject.
         self.shown = np.linspace(0, len(rows) - 1, min(len(rows), _SHOWN)).astype(np.int64)
         self.pictures = lookup.samples(dataset, rows[self.shown].tolist())
-        self.ids = ids[self.shown]
-        rows_of_neighbors = sorted({int(row) for row in self.ids.ravel() if row >= 0})
+        rows_of_neighbors = sorted({int(row) for row in ids[self.shown].ravel() if row >= 0})
         self.near = dict(zip(rows_of_neighbors, lookup.samples(job.database, rows_of_neighbors), strict=True))
+        self.ids = ids
         self.x0 = self._latents(rows) if job.latents else self._pixels(rows)  # (N, C, h, w)
         self.eps = randomness.noise(self.config.seed, "validation", 0, range(len(rows)), self.x0.shape[1:])
         levels = (np.arange(len(rows)) + 0.5) / len(rows) * self.config.diffusion.timesteps
@@ -139,9 +139,9 @@ class Validation:
     def _grid(self, images: np.ndarray) -> Image.Image:
         """A row for each shown sample: the image, the generated image, and the neighbors."""
         cells: list[Image.Image | None] = []
-        for number, held_out in enumerate(self.pictures):
-            cells += [_decode_image(held_out.picture), Image.fromarray(images[number])]
-            cells += [_decode_image(self.near[int(row)].picture) if row >= 0 else None for row in self.ids[number][:4]]
+        for held_out, image, place in zip(self.pictures, images, self.shown, strict=True):
+            cells += [_decode_image(held_out.picture), Image.fromarray(image)]
+            cells += [_decode_image(self.near[int(row)].picture) if row >= 0 else None for row in self.ids[place][:4]]
         columns = len(cells) // len(self.pictures)
         return contact_sheet(cells, columns, cell=min(max(_SMALL, images.shape[1]), _LARGE),
                              row_labels=[held_out.caption or held_out.key for held_out in self.pictures],

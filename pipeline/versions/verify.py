@@ -241,9 +241,12 @@ def _lengths(checked: _Checked, path: str, shard: str, rows: int, name: str) -> 
 
 
 def _curve(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """The curve up to the sealed step. A finished run may have been started again with more steps."""
     try:
         text = storage.read_bytes(storage.join(root, path, "metrics.jsonl"))
-        lines = [storage.parse_json(line, "metrics.jsonl") for line in text.splitlines()]
+        whole = text[:text.rfind(b"\n") + 1]  # training may be writing the last line
+        lines = itertools.takewhile(lambda line: line["step"] <= manifest["info"]["steps"],
+                                    (storage.parse_json(line, "metrics.jsonl") for line in whole.splitlines()))
         if storage.digest([[line["step"], line["loss"]] for line in lines]) != manifest["info"]["curve"]:
             yield _fault(path, "metrics.jsonl", "is not the curve that was sealed")
     except (FileNotFoundError, ValueError, KeyError, TypeError):

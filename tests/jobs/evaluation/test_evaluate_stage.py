@@ -19,6 +19,12 @@ from jobs.evaluation.judge_stage import StyleClassifierStage
 from jobs.runs.run import Run
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed
+from pipeline.indices.config import IndexConfig
+from pipeline.indices.index import Index
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
 from pipeline.stages import progress
 from pipeline.stages.driver import run_stage
 
@@ -57,6 +63,24 @@ def test_held_out_subjects_are_those_that_training_does_not_have(trained_root: P
     assert set(held_out) == {line.split(",")[1] for line in listed_lines} != set()
     rows = rows_with_captions(Dataset.parse(str(trained_root), "flat"), frozenset(held_out))
     assert len(rows) == len(held_out)
+
+
+def test_databases_that_no_judge_can_test_are_left_out(unjudged_root: Path, drawn_pictures: Path,
+                                                       caplog: pytest.LogCaptureFixture,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    own, root = Dataset.parse(str(unjudged_root), "own"), str(unjudged_root)
+    for stage in (Shard(own, ShardConfig(source=str(drawn_pictures / "flat"), image_size=32, format="png")),
+                  Embed(own, EmbedConfig()), Index(own, IndexConfig(key="Flat"))):  # without captions
+        run_stage(stage)
+    _, _, databases, unfit = evaluation_data(Run.parse(root, "small"))
+    assert [database.name for database in databases] == list(STYLES)
+    assert [(database.name, reason.partition(" needs")[0]) for database, reason in unfit] == [("own", "a judge")]
+    assert _evaluate(unjudged_root, "--dry-run", databases=()) == 0
+    assert "evaluate: own is left out: a judge needs images" in caplog.text
+    assert _evaluate(unjudged_root, databases=("flat", "own", "outline")) == 2
+    said = capsys.readouterr().err
+    assert "own cannot be evaluated with the others" in said and "hint: --database flat --database outline\n" in said
+    assert not (unjudged_root / "runs/small/judges").exists()
 
 
 def test_a_judge_that_is_hardly_better_than_chance_is_named() -> None:
@@ -210,7 +234,7 @@ def test_a_judge_does_not_learn_hidden_images_and_reports_its_steps(
     (tmp_path / "keys").write_text(f"{metadata(flat, record, ['key'])[5]['key']}\n")
     assert main(["index", "flat", "--tombstone", str(tmp_path / "keys"), "--root", root, "--local"]) == 0
     run = Run.parse(root, "small")
-    dataset, _, databases = evaluation_data(run, STYLES)
+    dataset, _, databases, _ = evaluation_data(run, STYLES)
     reported: list[tuple[int, int]] = []
     monkeypatch.setattr(progress, "period", lambda folder: 0.0)
 

@@ -390,9 +390,9 @@ def test_validation_shows_no_hidden_row(root: Path, tmp_path: Path) -> None:
     dataset = Dataset.parse(str(copy), "drawn")
     job = Job(Run.parse(str(copy), "validated"), dataset, dataset, _config())
     before = Validation(job, dataset)
-    hidden = {before.pictures[0].row, int(before.ids[1, 0])}
+    hidden = {before.pictures[0].row, int(before.ids[before.shown[1], 0])}
     hide_rows(dataset, sorted(hidden), 0)
     after = Validation(job, dataset)
     assert hidden <= {row["row"] for row in before._shown_rows()}
     assert hidden.isdisjoint(row["row"] for row in after._shown_rows()) and len(after.pictures) == 8
-    assert (after.ids == -1).any() and not after.context[after.shown][torch.from_numpy(after.ids == -1)].any()
+    assert (after.ids == -1).any() and not after.context[torch.from_numpy(after.ids == -1)].any()
