@@ -17,8 +17,8 @@ def evaluation_data(run: Run, names: Sequence[str] = ()
     """The dataset and the database of the training, the databases to evaluate, and those left out with the reasons.
 
     `names`: the databases. Default: the newest version of every other dataset of the root. It needs an index,
-    the encoder of the run, and images that a judge can be tested on. ValueError if it is not known what the run was trained on, or
-    if a named database lacks what a judge needs.
+    the encoder of the run, and images that a judge can be tested on. ValueError if it is not known what the run was
+    trained on, or if a named database lacks such images.
     """
     root, section = run.root, run.section()
     if "dataset" not in section:
@@ -39,7 +39,7 @@ def evaluation_data(run: Run, names: Sequence[str] = ()
               for other in fitting if other not in judged]
     if names and unfit:
         raise ValueError(f"{unfit[0][0].label} cannot be evaluated with the others: {unfit[0][1]}\n"
-                         f"hint: {' '.join(f'--database {other.label}' for other in judged)}")
+                         f"hint: name only databases with both: {', '.join(other.label for other in judged)}")
     return dataset, database, judged, unfit
 
 

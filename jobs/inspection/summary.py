@@ -24,6 +24,7 @@ from pipeline.stages.stage import Stage
 _FACTS = {"index": ("key", "recall_at_10"), "neighbors": ("k", "database"), "train": ("steps", "loss"),
           "shard": ("format",)}
 """Facts of a manifest that people look for, by stage."""
+_FACT_NAMES = {"recall_at_10": "recall at 10", "loss": "loss of the last step"}
 _SLOWEST = 4
 """Parts of a rebuild whose seconds people see."""
 _PROMPT = "--prompt 'a red apple'"
@@ -39,7 +40,7 @@ def summarize_stage(stage: Stage, manifest: dict[str, Any]) -> str:
     noun = "parameter" if stage.name in COUNT_PARAMETERS else "sample"
     lines = [f"{stage.name.replace('_', ' ')}: {format_count(totals['samples'], noun)}{size}{work}"
              + (f"; {lost:,} left out" if lost else "")]
-    facts = [f"{name.replace('_', ' ')} {_number(info[name])}" for name in _FACTS.get(stage.name, ())
+    facts = [f"{_FACT_NAMES.get(name, name)} {_number(info[name])}" for name in _FACTS.get(stage.name, ())
              if info.get(name) is not None]
     if stage.name == "neighbors":
         unknown = why_recall_is_unknown(info)

@@ -18,6 +18,8 @@ class RecipeFacts:
     """Pixels on a side of the stored images."""
     encoder: str
     vector_length: int
+    train_image_size: int
+    """Pixels of a side of the images in training."""
     first_stage: str
     """The kind of latents that the network trains on, or none."""
     parameters: int
@@ -44,7 +46,7 @@ def _facts(name: str) -> RecipeFacts:
     pixels = purpose.downsampling == 1
     return RecipeFacts(
         name, purpose.name, settings.shard.image_size, f"{settings.embed.model} {settings.embed.pretrained}",
-        unet.context_dim,
+        unet.context_dim, settings.train.image_size or settings.shard.image_size,
         "none: pixels" if pixels else f"{purpose.downsampling} x smaller, {unet.in_channels} channels",
         count_parameters(unet), training_bytes(settings.train), cluster.workers * cluster.each_gpus,
         "python -m jobs style NAME --source FOLDER" if name == "style" else
@@ -60,5 +62,7 @@ def recipes_table(recipes: list[RecipeFacts]) -> str:
                           right=(2, 4, 5, 6), whole={0})
     latents = [f"{facts.recipe} trains on latents: {facts.first_stage}" for facts in recipes
                if not facts.first_stage.startswith("none")]
-    return "\n".join([table, "", "network: parameters; memory: of each training process, without activations", *latents,
-                      "", *(output.fit_commands(facts.command) for facts in recipes)])
+    smaller = [f"{facts.recipe} stores images of {facts.image_size} pixels and trains on {facts.train_image_size}"
+               for facts in recipes if facts.train_image_size != facts.image_size]
+    return "\n".join([table, "", "network: parameters; memory: of each training process, without activations", *smaller,
+                      *latents, "", *(output.fit_commands(facts.command) for facts in recipes)])

@@ -96,7 +96,7 @@ class Run:
         return self.section() if storage.exists(storage.join(self.folder, "plan.json")) else {}
 
     def is_finished(self) -> bool:
-        """Whether the run was trained to its last step, imported or converted. A longer training makes it unfinished."""
+        """Whether the run was trained to its last step, imported or converted. More steps make it unfinished."""
         if not storage.exists(storage.join(self.folder, "manifest.json")):
             return False
         finished = read_manifest(self.folder, self.command)["info"].get("steps")

@@ -17,7 +17,7 @@ _LEDGER = {"BadImage", "NotFetched", "Retryable", "Refused", "NeedsIsolation", "
 _DATA = {"DamagedFile", "StageFailed", "StorageError", "NoAnswer", "OSError", "MemoryError", "DeviceUnavailable",
          "RuntimeError", "OutOfDeviceMemory", "Drifted", "UnreadableIndex", "NpmUnavailable",
          "FloatingPointError", "GatesFailed", "PermissionError", "FileExistsError", "DamagedPointer",
-         "LeaseConflict", "AccessDenied", "FileNotFoundError"}
+         "LeaseConflict", "AccessDenied", "FileNotFoundError", "RemovedVersion"}
 """Errors that end a command with exit code 1; the others end it with 2."""
 _NO_NAMES = {"join", "map", "str", "repr", "sorted", "len", "set", "int", "if", "else", "or", "for", "in", "self",
              "config", "f", "r", "sum", "type", "keys", "splitlines", "strip"}

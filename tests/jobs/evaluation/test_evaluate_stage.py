@@ -79,7 +79,7 @@ def test_databases_that_no_judge_can_test_are_left_out(unjudged_root: Path, draw
     assert "evaluate: own is left out: a judge needs images" in caplog.text
     assert _evaluate(unjudged_root, databases=("flat", "own", "outline")) == 2
     said = capsys.readouterr().err
-    assert "own cannot be evaluated with the others" in said and "hint: --database flat --database outline\n" in said
+    assert "own cannot be evaluated with the others" in said and "with both: flat, outline\n" in said
     assert not (unjudged_root / "runs/small/judges").exists()
 
 
