@@ -76,6 +76,7 @@ def test_a_known_vulnerability_fails_the_audit(service: str, tmp_path: Path) -> 
     assert _audit(service, lock, tmp_path).returncode == 0
 
 
+@pytest.mark.slow
 def test_every_locked_package_is_looked_up(service: str, tmp_path: Path) -> None:
     for name, pins in (("requirements.lock", LOCK), ("infra/requirements-gpu.lock", GPU)):
         _Service.queries = []
@@ -86,6 +87,7 @@ def test_every_locked_package_is_looked_up(service: str, tmp_path: Path) -> None
         assert {(re.sub(r"[-_.]+", "-", name).lower(), version) for name, version in _Service.queries} == wanted
 
 
+@pytest.mark.slow
 def test_a_service_that_does_not_answer_fails_the_audit(service: str, tmp_path: Path) -> None:
     lock = tmp_path / "requirements.lock"
     lock.write_text("six==1.17.0\n")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,18 @@ Document = dict[str, Any]
 
 def render(folder: str) -> list[Document]:
     """The documents of a kustomization below infra/kubernetes."""
+    return json.loads(_render_json(folder))
+
+
+@cache
+def _render_json(folder: str) -> str:
+    """The documents as JSON: many tests render the same folder, and some change what they get."""
     kubectl = shutil.which("kubectl", path=f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}")
     if not kubectl:
         pytest.skip("there is no kubectl to render overlays with")
     done = subprocess.run([kubectl, "kustomize", INFRA / "kubernetes" / folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
+    return json.dumps(list(yaml.safe_load_all(done.stdout)))
 
 
 def read_jobs() -> list[Document]:
