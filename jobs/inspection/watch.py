@@ -1,6 +1,9 @@
 """`status --watch`: show the state of a root repeatedly. It reads only files."""
 
+import bisect
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +11,7 @@ from typing import Any
 from jobs.inspection import status
 from jobs.publishing.releases import describe_failed_gates
 from jobs.telemetry import output, tables
-from jobs.telemetry.units import format_duration
+from jobs.telemetry.units import format_count, format_duration
 from pipeline import storage
 from pipeline.stages.progress import period
 from pipeline.stages.types import count_row_failures
@@ -16,6 +19,10 @@ from pipeline.stages.types import count_row_failures
 _TITLE = 4
 """Cells that name a stage and its state."""
 _HEAD = ("dataset, run", "version", "stage", "state", "done", "rate", "time", "failures, left out")
+_WORKS, _FAILED, _DAMAGED, _STALE, _STOPPED, _UNFINISHED, _PUBLISHED, _SEALED = range(8)
+"""The order of the rows on a terminal. Rows of the same rank keep their order."""
+_SCREEN_KEYS = ("rank", "sealed")
+"""Values of a stage that only the terminal needs."""
 
 
 def watch_root(root: str, *, as_json: bool = False, every: float = 0.0) -> None:
@@ -27,11 +34,12 @@ def watch_root(root: str, *, as_json: bool = False, every: float = 0.0) -> None:
     if as_json or not sys.stdout.isatty():
         for now in _snapshots(root, every):
             if as_json:
-                output.print_json(now)
+                output.print_json(now | {"stages": [
+                    {key: value for key, value in row.items() if key not in _SCREEN_KEYS} for row in now["stages"]]})
             else:
                 output.print_text(f"{snapshot_text(now)}\n")
         return
-    tables.show_live(map(snapshot_text, _snapshots(root, every)))
+    tables.show_live(map(screen_text, _snapshots(root, every)))
 
 
 def _snapshots(root: str, every: float) -> Iterator[dict[str, Any]]:
@@ -81,25 +89,83 @@ def _stage_row(state: dict[str, Any]) -> dict[str, Any]:
         row["stopped"] = status.describe_stopped(steps)
     if fault := state.get("fault"):
         row |= {"error": (fault["message"].splitlines() or [fault["kind"]])[0]}
-    return row
+    return row | {"rank": _rank(row, bool(now and not silent)), "sealed": state.get("sealed")}
+
+
+def _rank(row: dict[str, Any], works: bool) -> int:
+    """The first rank that applies. `works`: a driver reports on this stage."""
+    ranks = {_WORKS: works, _FAILED: row["state"] == "failed" or row["failed"], _DAMAGED: row["state"] == "damaged",
+             _STALE: row["state"] == "stale", _STOPPED: row["failed_gates"], _SEALED: row["state"] == "sealed"}
+    return next((rank for rank, applies in ranks.items() if applies), _UNFINISHED)
 
 
 def snapshot_text(now: dict[str, Any]) -> str:
-    """The table. The published version of a dataset comes before its stages."""
-    lines: list[tuple[str, ...]] = []
+    """The whole table. The published version of a dataset comes before its stages."""
+    return _title(now) + tables.render([cells for _, _, cells in _ranked_rows(now)], head=_HEAD) + _ending(now)
+
+
+def screen_text(now: dict[str, Any]) -> str:
+    """The table for the size of the terminal: what works, failed or needs a command first, sealed stages last.
+
+    Rows that do not fit are left out, sealed ones first: those of published versions and the newest ones stay longest.
+    The last line counts them. If the rows before the published versions need more lines, each gets only one.
+    """
+    rows = sorted(_ranked_rows(now), key=lambda row: row[0])
+    # Sorting keeps the order of rows with equal keys. So the rows of a rank do not move from one refresh to the next.
+    newest = sorted(range(len(rows)), key=lambda number: rows[number][1], reverse=True)
+    kept = sorted(newest, key=lambda number: (rows[number][0], number if rows[number][0] < _SEALED else 0))
+    urgent = sum(rank < _PUBLISHED for rank, _, _ in rows)
+    height = shutil.get_terminal_size().lines - _title(now).count("\n")
+
+    def table(count: int, cut: bool) -> str:
+        shown = [rows[number][2] for number in sorted(kept[:count])]
+        text = tables.fit_width(shown, head=_HEAD, title=_TITLE, cut=cut)
+        return "\n".join([text, *_describe_hidden(len(rows) - count)])
+
+    def lines(count: int, cut: bool) -> int:
+        return table(count, cut).count("\n") + 1
+
+    def fitting_count(cut: bool) -> int:
+        if len(rows) < height and lines(len(rows), cut) <= height:
+            return len(rows)
+        return bisect.bisect_right(range(1, min(len(rows), height)), height, key=lambda count: lines(count, cut))
+
+    cut = (count := fitting_count(False)) < urgent
+    return _title(now) + table(fitting_count(True) if cut else count, cut) + _ending(now)
+
+
+def _describe_hidden(count: int) -> list[str]:
+    """The lines that say how many rows are not shown; none if all are."""
+    if not count:
+        return []
+    command = output.fit_commands("python -m jobs status")
+    sentence = f"{format_count(count, 'row')} not shown. All rows: {command}"
+    return textwrap.wrap(sentence, shutil.get_terminal_size().columns, break_on_hyphens=False)
+
+
+def _title(now: dict[str, Any]) -> str:
+    clock = time.strftime("%H:%M:%S", time.localtime(now["time"]))
+    wrong = f"\ncannot be read since then: {now['error']}" if now.get("error") else ""
+    return f"{now['root']} at {clock}{wrong}\n\n"
+
+
+def _ending(now: dict[str, Any]) -> str:
+    return "" if now["stages"] else "\nnothing here yet"
+
+
+def _ranked_rows(now: dict[str, Any]) -> list[tuple[int, tuple[bool, str], tuple[str, ...]]]:
+    """For each row: its rank, whether it is of a published version and when it was sealed, and its cells."""
+    rows: list[tuple[int, tuple[bool, str], tuple[str, ...]]] = []
     published = dict(now["published"])
     for row in sorted(now["stages"], key=lambda row: not row["dataset"]):
         if pointer := published.pop(row["dataset"], None):
-            lines.append(_published_cells(row["dataset"], pointer))
-        mark = "*" if now["published"].get(row["dataset"], {}).get("version") == row["version"] else ""
+            rows.append((_PUBLISHED, (True, ""), _published_cells(row["dataset"], pointer)))
+        is_published = now["published"].get(row["dataset"], {}).get("version") == row["version"]
         rate = f"{row['rate']:.0f}/s" if row["rate"] is not None else ""
-        lines.append((row["dataset"] or row["run"], row["version"] + mark, _stage_name(row), row["state"],
-                      _done_text(row), rate, _time_left(row), _failures_text(row)))
-    lines += [_published_cells(name, pointer) for name, pointer in published.items()]
-    clock = time.strftime("%H:%M:%S", time.localtime(now["time"]))
-    what = "" if now["stages"] else "\nnothing here yet"
-    wrong = f"\ncannot be read since then: {now['error']}" if now.get("error") else ""
-    return f"{now['root']} at {clock}{wrong}\n\n" + tables.render_or_list(lines, head=_HEAD, title=_TITLE) + what
+        rows.append((row["rank"], (is_published, row["sealed"] or ""), (
+            row["dataset"] or row["run"], row["version"] + ("*" if is_published else ""), _stage_name(row),
+            row["state"], _done_text(row), rate, _time_left(row), _failures_text(row))))
+    return rows + [(_PUBLISHED, (True, ""), _published_cells(name, pointer)) for name, pointer in published.items()]
 
 
 def _published_cells(name: str, pointer: dict[str, Any]) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from pipeline.embeddings.config import EmbedConfig
 from pipeline.embeddings.embed import Embed
 from pipeline.stages.plan import replace_plan
 from tests.jobs.inspection import prometheus_server
+from tests.laws import terminal
 
 
 @pytest.fixture
@@ -158,6 +159,7 @@ def test_watch_ends_with_0_on_ctrl_c_and_prints_a_line_of_json_each_time(root: s
     first = json.loads(process.stdout.readline())
     assert {stage["path"] for stage in first["stages"]} == {stage["path"] for stage in status.read_status(root)
                                                             if stage["state"] != "absent"}
+    assert not {"rank", "sealed"} & set(first["stages"][0])
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0 and process.stderr.read() == ""
 
@@ -193,6 +195,92 @@ def test_no_line_is_longer_than_the_terminal_and_no_word_is_cut(root: str, colum
     table = lines[lines.index("") + 1:]
     assert max(map(len, table)) <= columns and "…" not in "".join(table)
     assert "777 download_failed_404, 12 not_a_picture" in " ".join(" ".join(table).split())
+
+
+def _add_sealed_versions(root: str, count: int) -> None:
+    """Add so many versions to a dataset. Every stage of them is sealed, the ones of the last version as the last."""
+    for number in range(2, count + 2):
+        version = Path(root, f"datasets/outline/v{number}")
+        shutil.copytree(Path(root, "datasets/outline/v1"), version)
+        for path in version.glob("*/manifest.json"):
+            manifest = json.loads(path.read_text())
+            manifest["run"]["sealed"] = f"20{30 + number}-01-01T00:00:00Z"
+            path.write_text(json.dumps(manifest))
+
+
+def _watch_frames(root: str, columns: int, lines: int, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The lines of the first two frames on a terminal of this size."""
+    def press(terminal: int, process: "subprocess.Popen[bytes]", raw: bytes) -> None:
+        if raw.count(b"not shown") == 2 and raw.endswith(f"--root {Path(root).name}".encode()):
+            process.send_signal(signal.SIGINT)
+
+    checkout = os.getcwd()
+    monkeypatch.chdir(Path(root).parent)
+    screen = terminal.run_on_screen([sys.executable, "-m", "jobs", "status", "--watch", "--root", Path(root).name],
+                                    columns, press, PYTHONPATH=checkout, COLUMNS=str(columns), LINES=str(lines))
+    assert screen.code == 0, screen.raw
+    frames = re.split(r"(?:\r?\x1b\[(?:2K|1A))+", screen.raw)
+    shown = [re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", frame) for frame in frames if "not shown" in frame]
+    return [frame.strip().splitlines() for frame in shown[:2]]
+
+
+def _check_frames(root: str, frames: list[list[str]], columns: int, lines: int) -> list[str]:
+    """Check what is true of every frame. Returns the rows of the table, one line for each."""
+    first, second = ([line[:50].split("silent")[0] for line in frame[1:]] for frame in frames)
+    assert first == second
+    assert lines - 3 <= len(frames[0]) <= lines and max(map(len, frames[0])) <= columns
+    assert frames[0][2].split()[:5] == ["dataset,", "run", "version", "stage", "state"]
+    rows = [line for line in frames[0][3:-1] if not line.startswith(" ")]
+    count = len(watch.read_snapshot(root)["stages"]) + 1 - len(rows)
+    assert frames[0][-1] == f"{count} rows not shown. All rows: python -m jobs status --root {Path(root).name}"
+    return rows
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(80, 24), (120, 40)])
+def test_rows_that_work_or_failed_come_first_on_a_terminal_and_sealed_ones_are_left_out(
+        root: str, columns: int, lines: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _add_sealed_versions(root, 20)
+    Path(root, "runs/small/manifest.json").unlink()
+    RunProgress(Run.parse(root, "small"), TrainConfig(steps=40, global_batch=8))(4, 1.0)
+    storage.put_json([{"name": "recall@10", "passed": False}], f"{root}/datasets/hatched/v1/gates.json")
+    Path(root, "datasets/outline/v2/index/manifest.json").unlink()
+    address = storage.join(root, "datasets/flat/v1/embeddings/progress.json")
+    storage.put_json(storage.read_json(address) | {"skipped": {"download_failed_" + "4" * 30: 777}}, address)
+    rows = _check_frames(root, _watch_frames(root, columns, lines, monkeypatch), columns, lines)
+    cells = [re.split(" {2,}", row) for row in rows]
+    assert [row[:3] for row in cells[:3]] == [
+        ["flat", "v1", "embed"], ["drawn", "v1*", "train small"], ["flat", "v1", "index"]]
+    states = [row[3] if row[2] != "published" else row[2] for row in cells]
+    assert states[2] == "stale" and "stopped by" in rows[3]
+    published = states.index("published")
+    assert {row[0] for row in cells[3:published - 1]} == {"hatched"} and cells[published - 1][:2] == ["outline", "v2"]
+    assert set(states[published + 1:]) == {"sealed"}
+    kept = {tuple(row[:2]) for row in cells[published + 1:]}
+    assert ("drawn", "v1*") in kept and ("flat", "v1") not in kept
+    versions = {int(version[1:]) for name, version in kept if name == "outline"}
+    assert versions == set(range(22 - len(versions), 22))
+
+
+def test_each_row_has_one_line_when_too_many_rows_failed(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _add_sealed_versions(root, 20)
+    for path in Path(root, "datasets/outline").glob("*/index/manifest.json"):
+        path.write_text("{")
+    Path(root, "runs/small/manifest.json").unlink()
+    storage.put_json({"launch": "", "kind": "MemoryError", "message": "too large", "at": 1.0},
+                     Run.parse(root, "small").fault_address)
+    rows = _check_frames(root, _watch_frames(root, 80, 24, monkeypatch), 80, 24)
+    assert len(rows) == 24 - 4 and [row.split("  ")[0] for row in rows] == ["flat", "drawn", *["outline"] * 18]
+    assert "failed" in rows[1] and all("damaged" in row and row.endswith("…") for row in rows[2:])
+
+
+def test_nothing_is_left_out_without_a_terminal(root: str) -> None:
+    _add_sealed_versions(root, 20)
+    process = _start_status(root, "--watch", stdout=subprocess.PIPE, env=os.environ | {"COLUMNS": "80", "LINES": "24"})
+    assert process.stdout and process.stderr
+    block = list(iter(process.stdout.readline, "\n"))[1:] + list(iter(process.stdout.readline, "\n"))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0
+    assert len(block) == 1 + len(watch.read_snapshot(root)["stages"]) + 1
 
 
 @pytest.mark.parametrize("more", [(), ("--watch",), ("--json",)])

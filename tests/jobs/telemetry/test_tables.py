@@ -49,6 +49,23 @@ def test_names_and_words_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         "ViT-B-32-quickgelu", "a", "few", "words", "beside", "it"}
 
 
+def test_the_last_column_wraps_or_is_cut_before_rows_become_paragraphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    head, rows = ("name", "state", "rate", "failures"), [["emoji-flat", "sealed", "", ""],
+                                                         ["emoji", "3 of 5", "10/s", "777 not_found " * 6 + "end"]]
+    for columns, names in ((60, list(head)), (45, ["name", "state", "details"])):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        wrapped, cut = (tables.fit_width(rows, head=head, title=2, cut=cut).splitlines() for cut in (False, True))
+        assert wrapped[:2] == cut[:2] and wrapped[0].split() == names and wrapped[1].split() == ["emoji-flat", "sealed"]
+        assert max(map(len, wrapped)) <= columns and " ".join(" ".join(wrapped[2:]).split()).endswith("not_found end")
+        assert len(cut) == 3 and cut[2].endswith("…") and len(cut[2]) <= columns
+    monkeypatch.setenv("COLUMNS", "25")
+    wrapped, cut = (tables.fit_width(rows, head=head, title=2, cut=cut).splitlines() for cut in (False, True))
+    assert wrapped[0] == "emoji-flat  sealed" and wrapped[2].startswith("    ") and len(wrapped) > 3
+    assert cut == ["emoji-flat  sealed", "emoji  3 of 5  10/s; 777…"]
+
+
 def test_a_table_without_rows_is_empty() -> None:
     assert tables.render([]) == ""
 
