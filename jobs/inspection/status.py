@@ -190,7 +190,9 @@ def _state(root: str, path: str) -> dict[str, Any]:
             run = Run(root, path.split("/")[1])
             steps = run.steps()
             fault = run.fault()
-            state = "failed" if fault else f"at step {steps[-1]}" if steps else "planned"
+            now = about["progress"]
+            live = [now["step"]] if now and "step" in now and not seconds_silent(now) else []
+            state = "failed" if fault else f"at step {max(steps[-1:] + live)}" if steps or live else "planned"
             about |= {"dataset": _dataset(plan), "curve": _last(read_metrics(run)), "fault": fault}
             if steps:
                 about["of_steps"] = run.config(steps[-1]).get("steps")
