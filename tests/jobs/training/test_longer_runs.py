@@ -36,12 +36,15 @@ def test_a_finished_run_that_goes_on_is_not_finished(prepared_root: Path, tmp_pa
     assert main([*command, "--steps", "3"]) == 0
     assert run.is_finished() and state()["state"] == "sealed"
     process = subprocess.Popen([sys.executable, "-m", "jobs", *command, "--steps", "5000"])
-    _wait_for_step(run, 10, process)
-    during = state()
-    assert re.fullmatch(r"at step \d+", during["state"]) and during["progress"]["of_steps"] == 5000
-    assert main(["verify", "--root", str(root)]) == 0
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 130
+    try:
+        _wait_for_step(run, 10, process)
+        during = state()
+        assert re.fullmatch(r"at step \d+", during["state"]) and during["progress"]["of_steps"] == 5000
+        assert main(["verify", "--root", str(root)]) == 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
     *_, step = run.steps()
     assert state()["state"] == f"at step {step}" and state()["of_steps"] == 5000 and not run.is_finished()
     assert find_newest_run(str(root)) is None
