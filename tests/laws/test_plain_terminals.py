@@ -72,6 +72,7 @@ def test_every_verb_is_tried(place: Path) -> None:
     assert {words[0] for words in _cheap(place)} | _NO_CHEAP_RUN.keys() == VERBS.keys()
 
 
+@pytest.mark.slow
 def test_40_columns_without_colors(place: Path) -> None:
     """Escape sequences are in no output. Boxes fit the terminal, and names in tables are not cut."""
     shown = check_verbs([*_helps(), *_cheap(place)], columns=40)

@@ -35,6 +35,7 @@ def test_a_style_classifier_learns_styles() -> None:
                zip(network.state_dict().values(), second_network.state_dict().values(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_rare_style_is_learned_as_well_as_a_frequent_one() -> None:
     torch.set_num_threads(1)
     pictures, labels = _pictures(400, 0)

@@ -139,6 +139,7 @@ def test_a_killed_node_costs_nothing(cluster, start_pool, tmp_path: Path) -> Non
     thread.start()
     manifest = run_stage(Slow(str(tmp_path / "root"), config, diary), start_pool(6))
     thread.join()
+    cluster.remove_node(node, allow_graceful=False)
     assert _has_result(manifest, _undisturbed_result(tmp_path, config))
 
 

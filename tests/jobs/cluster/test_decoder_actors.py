@@ -71,7 +71,8 @@ def _files(dataset: Dataset) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(dataset.folder("embeddings")).glob("*.npy")}
 
 
-@pytest.mark.parametrize("all_die", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("all_die", [False, True])
 def test_remote_decoders_give_the_same_bytes_even_if_they_die(all_die, gpu_node, tmp_path, drawn_pictures) -> None:
     local_dataset, remote_dataset = (_shards(tmp_path / name, drawn_pictures) for name in ("alone", "lent"))
     expected = without_run_facts(run_stage(Embed(local_dataset, EmbedConfig(batch_size=8))))

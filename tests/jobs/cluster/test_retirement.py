@@ -252,9 +252,9 @@ def undisturbed_manifest(root: Path, config: FaultyConfig) -> dict[str, Any]:
     return without_run_facts(run_stage(Faulty(str(root), FaultyConfig(config.items, 0.0), root)))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("error", ["disk", *(pytest.param(error, marks=pytest.mark.slow)
-                                             for error in ("cuda", "wrapped", "setup", "value", "memory"))])
+@pytest.mark.parametrize("error", ["disk", "cuda", "wrapped", "setup", "value", "memory"])
 def test_three_healthy_workers_of_six_finish_everything(error: str, nodes: list[str], start_pool: Any, tmp_path: Path,
                                                         caplog: Any) -> None:
     config, root = FaultyConfig(200 if error == "cuda" else 60, 0.05, error), tmp_path / "root"

@@ -61,7 +61,7 @@ def most_in_a_second(times: list[float]) -> int:
 
 
 @pytest.mark.parametrize(("limit", "rate", "strict", "free"), [
-    (50, 30, 160, 800), pytest.param(20, 14, 2000, 2000, marks=pytest.mark.slow)])
+    pytest.param(50, 30, 160, 800, marks=pytest.mark.slow), pytest.param(20, 14, 2000, 2000, marks=pytest.mark.slow)])
 def test_a_limit_holds_for_all_workers_and_another_host_is_served_at_full_speed(
         pool: Any, tmp_path: Path, limit: int, rate: int, strict: int, free: int) -> None:
     """The strict host answers 403 for 5 seconds to clients that send more than `limit` requests in a second."""

@@ -91,6 +91,7 @@ def test_prompts_alone_are_sampled_with_the_bundled_model(
     assert f"; credits would be lost for {sample}\n" in table.partition("v2  ")[0]
 
 
+@pytest.mark.slow
 def test_the_newest_run_is_preferred_and_another_encoder_has_none(
         trained_root: Path, tmp_path: Path, run: Callable[..., tuple[dict, str]]) -> None:
     root = tmp_path / "root"

@@ -103,6 +103,7 @@ def test_status_loses_nothing_on_a_narrow_terminal(root: Path, capsys: pytest.Ca
     assert _columns(_on_terminal(["status", "--root", str(root)], 400)) == rows
 
 
+@pytest.mark.slow
 def test_plan_is_markdown_in_a_pipe_and_aligned_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan"]) == 0
     markdown_lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]

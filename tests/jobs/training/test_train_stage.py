@@ -120,8 +120,8 @@ def test_a_killed_and_restarted_run_has_the_same_curve(root: Path) -> None:
     assert killed_run.checkpoint(24)["files"] == whole_run.checkpoint(24)["files"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT,
-                                    pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow)
+                                                     for number in (signal.SIGINT, signal.SIGHUP))])
 def test_a_signal_saves_a_checkpoint(root: Path, number: int) -> None:
     process = subprocess.Popen([sys.executable, *_command(root, f"stopped{number}", "--local", "--steps", "5000",
                                                           "--checkpoint-every", "100000")])

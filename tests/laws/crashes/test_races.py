@@ -20,9 +20,11 @@ from tests.laws.crashes.roots import (
 
 _REMOVALS = [*itertools.product((REMOVE_PUBLISHED,), PUBLISHING), *itertools.product(PUBLISHING, (REMOVE_PUBLISHED,)),
              (REMOVE_PUBLISHED, REMOVE_PUBLISHED)]
-_FAST = [*itertools.product(PUBLISHING, PUBLISHING[:-1]), ("shard", "embed"), ("embed", "shard"), ("embed", "embed"),
-         ("index", "neighbors"), ("forget", "shard"), ("shard", "forget"), *_REMOVALS]
-_PAIRS = [*dict.fromkeys([*_FAST, *itertools.product(PUBLISHING, repeat=2),
+_FAST = [("rebuild", "rebuild"), ("rebuild", "gc"), ("gc", "rebuild"), ("forget", "rebuild"), ("rebuild", "forget"),
+         ("rollback", "gc"), ("repair", "rebuild"), (REMOVE_PUBLISHED, "rebuild"), ("shard", "embed"),
+         ("embed", "shard"), ("index", "neighbors"), ("forget", "shard")]
+_SLOW = [*itertools.product(PUBLISHING, PUBLISHING[:-1]), ("embed", "embed"), ("shard", "forget"), *_REMOVALS]
+_PAIRS = [*dict.fromkeys([*_FAST, *_SLOW, *itertools.product(PUBLISHING, repeat=2),
                           *itertools.product(STAGES, repeat=2), ("rebuild", "shard"), ("gc", "neighbors")])]
 _FEW_ON_S3 = [("rebuild", "gc", 40), ("repair", "rebuild", 1)]
 
@@ -51,7 +53,8 @@ def race(template: Place, folder: Path, verbs: tuple[str, str], number: int, buc
     return event == "paused"
 
 
-@pytest.mark.parametrize("verbs", _FAST, ids="-".join)
+@pytest.mark.parametrize("verbs", [*_FAST, *(pytest.param(pair, marks=pytest.mark.slow) for pair in _SLOW
+                                             if pair not in _FAST)], ids="-".join)
 def test_a_pause_before_some_writes_keeps_the_laws(template: Place, tmp_path: Path, verbs: tuple[str, str]) -> None:
     writes = count_writes(template, tmp_path / "alone", verbs[0])
     # Each pair has another number, so that together they are a spread.

@@ -231,6 +231,7 @@ def test_an_online_session_ignores_offline_ones_and_logs_nothing_again(tmp_path:
     assert not folder.exists() and (tmp_path / "runs/small/wandb-unfinished" / folder.name).exists()
 
 
+@pytest.mark.slow
 def test_a_session_that_was_set_aside_does_not_count_as_finished(tmp_path: Path, session: Any) -> None:
     run = tmp_path / "runs/small"
     # It lost its driver, and does not know of it.
@@ -329,6 +330,7 @@ def test_no_file_has_the_command_line(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"private.pem" in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_none_means_no_tracker(root: Path) -> None:
     subprocess.run(_train(root, "--steps", "2", "--tracker", "none"), env=_environment(), check=True,
                    capture_output=True)
