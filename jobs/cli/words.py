@@ -17,13 +17,13 @@ def join_repeated(kind: type, words: Sequence[str]) -> list[str]:
 
     tyro would keep the values of the last one.
     """
-    given = _split(words)
-    names = [name for group in given if (name := _name_of(group[0]))]
+    typed = _split(words)
+    names = [name for group in typed if (name := _name_of(group[0]))]
     if len({*names}) == len(names):
         return list(words)
     several = _find_flags_of_several(kind)
     groups: list[list[str]] = []
-    for group in given:
+    for group in typed:
         name = _name_of(group[0])
         earlier = next((other for other in groups if name.rpartition(".")[2] in several and _name_of(other[0]) == name),
                        None)

@@ -41,8 +41,10 @@ def rows_with_captions(dataset: Dataset, captions: frozenset[str]) -> np.ndarray
 
 def has_unseen_and_seen(dataset: Dataset, database: Dataset) -> bool:
     """Whether visible images of a database have captions that the dataset of a run lacks, and others have not."""
-    rows = np.setdiff1d(np.arange(database.manifest("shards")["totals"]["samples"]), read_hidden_rows(database))
     unseen = _captions_of_dataset(database) - _captions_of_dataset(dataset)
+    if not unseen:
+        return False
+    rows = np.setdiff1d(np.arange(database.manifest("shards")["totals"]["samples"]), read_hidden_rows(database))
     among = np.isin(rows, rows_with_captions(database, unseen))
     return bool(among.any() and not among.all())
 

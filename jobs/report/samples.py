@@ -15,7 +15,8 @@ from jobs.telemetry.units import format_count
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import metadata
-from pipeline.storage import DamagedFile, RemovedVersion
+from pipeline.releases.version_marks import RemovedVersion
+from pipeline.storage import DamagedFile
 
 _ROWS = 40
 _SAMPLERS = {"ddim": "DDIM", "dpm++": "DPM-Solver++", "euler": "Euler", "heun": "Heun"}

@@ -50,7 +50,7 @@ from pipeline.releases.release_files import (
 from pipeline.releases.signatures import NO_KEYS, ReleaseKeys, read_release_keys
 from pipeline.stages.documents import check_release
 from pipeline.stages.types import StageFailed
-from pipeline.storage import DamagedFile, RemovedVersion
+from pipeline.storage import DamagedFile
 
 
 @dataclass(frozen=True)
@@ -204,11 +204,11 @@ class Published:
                        bool(self.keys.accepted))
 
     def _refuse_removed(self, dataset: Dataset, manifests: Mapping[str, str] | None = None) -> None:
-        """RemovedVersion if a version is marked for removal, and not all of its `manifests` are there."""
+        """version_marks.RemovedVersion if a version is marked for removal, and not all of its `manifests` are there."""
         if version_marks.is_removing(dataset) and (manifests is None or find_changed_manifests(dataset, manifests)):
-            raise RemovedVersion(f"{dataset.name}@{dataset.version} was removed on "
-                                 f"{_date(version_marks.mark_time(dataset))}\n"
-                                 f"hint: python -m jobs versions {self.name}")
+            date = _date(version_marks.mark_time(dataset))
+            raise version_marks.RemovedVersion(f"{dataset.name}@{dataset.version} was removed on {date}\n"
+                                               f"hint: python -m jobs versions {self.name}")
 
     def history(self) -> list[dict[str, Any]]:
         """Every current.json that there was, the oldest first, this one included."""

@@ -19,6 +19,10 @@ NAME = "mark.json"
 PUBLISHING, REMOVING, KEPT = "publishing", "removing", "kept"
 
 
+class RemovedVersion(storage.DamagedFile):
+    """A version of a dataset that was published and then removed by gc or rm."""
+
+
 def mark_publishing(dataset: Dataset, sequence: int) -> None:
     """Mark a version before the pointer names it under `sequence`. StageFailed if it is being removed."""
     data = _new_mark(PUBLISHING, sequence=sequence)

@@ -48,10 +48,6 @@ class DamagedFile(ValueError):
     """A file below a root is missing, or is not what this program wrote there. Commands end with exit code 1."""
 
 
-class RemovedVersion(DamagedFile):
-    """A version of a dataset that was published and then removed by gc or rm."""
-
-
 def error_reason(error: BaseException) -> str:
     """One line that says why a file cannot be read. A file that this user may not read is not damaged."""
     return denial_message(error) or first_line(error)

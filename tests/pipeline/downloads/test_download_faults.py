@@ -210,5 +210,5 @@ def test_spoiled_urls_give_bytes_or_a_reason(site, names):
     outcomes = Counter(result.partition(":")[0] if isinstance(result, str) else "bytes" for result in results(
         urls, connections=64, connect_timeout=10.0, allow_hosts=(site,)))
     assert set(outcomes) <= {"bytes", "bad_url", "forbidden_address", "dns", "http_404", "connect",
-                             "timeout"}, outcomes  # some networks drop packets to addresses that others refuse
+                             "timeout"}, outcomes  # some networks drop packets to an IP address that others refuse
     assert outcomes["bytes"] > 100 and outcomes["bad_url"] > 100
