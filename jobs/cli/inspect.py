@@ -15,6 +15,7 @@ from jobs.cli.run_stage import open_runner
 from jobs.config.settings import Settings
 from jobs.planning.config import PlanConfig
 from jobs.telemetry import heartbeat, output
+from jobs.telemetry.units import format_count
 from pipeline import storage
 from pipeline.embeddings.config import EmbedConfig
 
@@ -194,7 +195,7 @@ def run_verify(options: VerifyOptions) -> int:
             output.print_json(fault)
         else:
             output.print_text(f"{fault['path']}: {fault['fault']}")
-    _log.info("verify: %d folders read, %d faults", len(folders), len(faults))
+    _log.info("verify: %s read, %s", format_count(len(folders), "folder"), format_count(len(faults), "fault"))
     if keys.accepted and current and not (chain or only):
         _log.info("verify: every published version has a signature by %s", " or ".join(keys.fingerprints))
     if not folders and not chain:
@@ -204,7 +205,7 @@ def run_verify(options: VerifyOptions) -> int:
         from jobs.inspection.way_back import find_command
         from jobs.telemetry import logs
         command = find_command(root, faults, keys)
-        logs.log_exit(f"{len(faults)} faults, the first in {faults[0]}\nhint: {command}", exit=1)
+        logs.log_exit(f"{format_count(len(faults), 'fault')}, the first in {faults[0]}\nhint: {command}", exit=1)
     return 1 if faults else 0
 
 

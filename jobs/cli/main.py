@@ -11,7 +11,6 @@ import errno
 import logging
 import os
 import select
-import shlex
 import sys
 from collections.abc import Sequence
 
@@ -39,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     interrupts.convert_sigterm()
     interrupts.forget_raised()
     try:
+        output.name_key(_find_flag(arguments, "--sign"))
         logs.configure_logging(_log_format(arguments), _find_flag(arguments, "--root"))
     except ValueError as error:
         return _misuse(str(error))
@@ -113,8 +113,6 @@ def _fit_hint(text: str, arguments: list[str]) -> str:
     from jobs.cli import help
     if not arguments or "\nhint: " not in text:
         return text
-    if key := _find_flag(arguments, "--sign"):
-        text = text.replace("--sign KEYFILE", f"--sign {shlex.quote(key)}")
     return help.repeat_command(help.fit_flags(text, arguments[0]), arguments)
 
 

@@ -32,6 +32,7 @@ from pipeline import storage
 from pipeline.embeddings.config import EmbedConfig
 
 if TYPE_CHECKING:
+    from jobs.runs.run import Run
     from jobs.training.train_stage import Job, Training
     from pipeline.stages.stage import Stage
 
@@ -62,23 +63,35 @@ class TrainOptions:
     other samples and with none."""
 
 
-def run_train(options: TrainOptions) -> int:
+def run_train(options: TrainOptions, *, mention_defaults: bool = True) -> int:
+    """Train a run. `mention_defaults`: name settings of the demo, unless a caller has done so."""
     from jobs.training.train_stage import Training
     # torchrun has started the processes, so the run is local without --local.
     local = options.common.local or "TORCHELASTIC_RUN_ID" in os.environ
-    job = check_train(options)
+    job = check_train(options, mention_defaults=mention_defaults)
     training = Training(job)
     if options.common.dry_run:
         return print_forecast(training, options, options.cluster, replaces=training.takes_over)
     manifest = train(job, options.cluster, local=local, overwrite=options.stage.overwrite)
     if manifest:
-        print_result(training, manifest, options)
+        print_result(training, _with_checkpoints(manifest, job.run), options)
     # Only the process of rank 0 reports whether the run was stopped.
     return 0 if manifest or os.environ.get("RANK", "0") != "0" else STOPPED
 
 
-def check_train(options: TrainOptions, *, here: bool = True, mention: bool = True) -> "Job":
-    """The job of a run, after its checks. `here`: this machine does the work. `mention`: name settings of the demo."""
+def _with_checkpoints(manifest: dict[str, Any], run: "Run") -> dict[str, Any]:
+    """The manifest of a run, with the bytes of its checkpoints, which are no files of the stage."""
+    totals = manifest["totals"]
+    return manifest | {"totals": totals | {"bytes": totals["bytes"] + run.checkpoint_bytes()}}
+
+
+def check_train(options: TrainOptions, *, here: bool = True, mention: bool = True,
+                mention_defaults: bool = True) -> "Job":
+    """The job of a run, after its checks.
+
+    `here`: this machine does the work. `mention`: name settings that make little sense, with `mention_defaults` those
+    of the demo too.
+    """
     from jobs.checks.check import run_checks
     from jobs.checks.demo_defaults import mention_demo_defaults, mention_large_images
     from jobs.checks.verbs import can_read, train_checks
@@ -106,7 +119,7 @@ def check_train(options: TrainOptions, *, here: bool = True, mention: bool = Tru
               options.stage.tracker)
     local = options.common.local or "TORCHELASTIC_RUN_ID" in os.environ
     run_checks(train_checks(job, options.cluster, local=local, here=here))
-    if mention and not (options.common.names_recipe or pinned):
+    if mention and mention_defaults and not (options.common.names_recipe or pinned):
         mention_demo_defaults(Settings(train=options.train), embeds=False, trains=True)
     if mention and readable and not (pinned or job.latents):
         mention_large_images(job.dataset, options.train)
@@ -344,7 +357,7 @@ def run_convert(options: ConvertOptions) -> int:
         convert = Convert(run, options.checkpoint, database, options.convert)
     if options.common.dry_run:
         return print_forecast(convert, options)
-    print_result(convert, run_stage(convert, overwrite=options.stage.overwrite), options)
+    print_result(convert, _with_checkpoints(run_stage(convert, overwrite=options.stage.overwrite), run), options)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import tyro
@@ -61,9 +62,9 @@ def run_pipeline(options: PipelineOptions) -> int:
         import_torch_first()
     if not dry_run:
         check_autofaiss()
-    check_pipeline(options)
+    mentioned = check_pipeline(options)
     with suggest_once():
-        for verb, run, verb_options, folder in _steps(options):
+        for verb, run, verb_options, folder in _steps(options, mention_defaults=not mentioned):
             if missing_folder:
                 waits = {"stage": verb, "folder": folder, "waits_for": missing_folder}
                 output.print_document(waits, as_json=options.json)
@@ -75,8 +76,11 @@ def run_pipeline(options: PipelineOptions) -> int:
     return 0
 
 
-def check_pipeline(options: PipelineOptions, *, here: bool = True, mention: bool = True) -> None:
-    """Run the checks of the pipeline. `here`: this machine does the work. `mention`: name settings of the demo."""
+def check_pipeline(options: PipelineOptions, *, here: bool = True, mention: bool = True) -> bool:
+    """Run the checks of the pipeline. Returns whether it named settings of the demo.
+
+    `here`: this machine does the work. `mention`: name such settings.
+    """
     from jobs.checks.check import run_checks
     from jobs.checks.demo_defaults import mention_demo_defaults
     from jobs.checks.verbs import PlannedBuild, pipeline_checks
@@ -87,10 +91,11 @@ def check_pipeline(options: PipelineOptions, *, here: bool = True, mention: bool
     build = PlannedBuild(dataset, settings, options.database, options.train_run, options.common.local, here)
     run_checks(pipeline_checks(build))
     if mention and not (options.common.names_recipe or (here and dataset.is_sealed("embeddings"))):
-        mention_demo_defaults(settings, embeds=True, trains=bool(options.train_run))
+        return mention_demo_defaults(settings, embeds=True, trains=bool(options.train_run))
+    return False
 
 
-def _steps(options: PipelineOptions) -> Iterator[tuple[str, Callable[[Any], int], Any, str]]:
+def _steps(options: PipelineOptions, *, mention_defaults: bool) -> Iterator[tuple[str, Callable[[Any], int], Any, str]]:
     """Each verb with its function, its options, and the folder that it seals."""
     from jobs.runs.run import Run
     from pipeline.datasets import dataset as datasets
@@ -105,6 +110,6 @@ def _steps(options: PipelineOptions) -> Iterator[tuple[str, Callable[[Any], int]
                NeighborsOptions(name, options.neighbors, cluster, common, stage, database.label),
                dataset.folder(f"neighbors/{database.label}"))
     if options.train_run:
-        yield ("train", run_train,
+        yield ("train", partial(run_train, mention_defaults=mention_defaults),
                TrainOptions(options.train_run, name, options.train, cluster, common, stage, database.label),
                Run.parse(common.root, options.train_run).folder)

@@ -179,7 +179,8 @@ def run_versions(options: VersionsOptions) -> int:
     current = Published.load(options.common.root, options.dataset)
     if not current.version:
         why = f"{options.dataset} was removed" if current.is_removed else f"nothing of {options.dataset} is published"
-        _log.info("versions: %s\nhint: python -m jobs rebuild %s --source SOURCE", why, options.dataset)
+        _log.info("versions: %s\nhint: python -m jobs rebuild %s --source SOURCE%s", why, options.dataset,
+                  current.sign_option)
     return 0
 
 
@@ -305,6 +306,6 @@ def run_forget(options: ForgetOptions) -> int:
     root = options.common.root
     takedown = forget.parse_takedown(root, options.sha256, options.url, options.key, options.domain)
     result = forget.forget(root, takedown, options.note, dry_run=options.common.dry_run)
-    output.print_answer(result, lambda: forget.forget_text(result), as_json=options.json)
+    output.print_answer(result, lambda: forget.forget_text(root, result), as_json=options.json)
     forget.refuse_unreadable(root, result["unreadable"], result["denied"], dry_run=options.common.dry_run)
     return 0

@@ -85,8 +85,8 @@ def check_unpublished(stage: "Stage", overwrite: bool) -> None:
                                   f"{stage_name} is lost: made again, it would be another\nhint: {command}")
     if overwrite or stage_name == "tombstones":
         raise ValueError(f"{dataset.name}@{dataset.version} was published, and a published version never changes\n"
-                         f"hint: python -m jobs rebuild {dataset.name} --source SOURCE, or name a new version: "
-                         f"{dataset.name}@{dataset.next_version().version}")
+                         f"hint: python -m jobs rebuild {dataset.name} --source SOURCE{current.sign_option}, or name a "
+                         f"new version: {dataset.name}@{dataset.next_version().version}")
     if is_signed(current, dataset.version):
         raise ValueError(f"{dataset.name}@{dataset.version} is signed, and its signature does not cover {stage_name}: "
                          f"readers with the key would refuse it\n"

@@ -1,6 +1,7 @@
 """The data of an evaluation: what the run was trained on, and the databases of the styles."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from jobs.evaluation.evaluate_stage import check_same_data
 from jobs.evaluation.held_out import has_unseen_and_seen, held_out_captions
@@ -23,6 +24,7 @@ def evaluation_data(run: Run, names: Sequence[str] = ()
     root, section = run.root, run.section()
     if "dataset" not in section:
         raise ValueError(f"the run {run.name} was not trained here: what it has seen is not known")
+    _refuse_foreign_run(run, section)
     dataset, database = (published.open_label(root, section[name]) for name in ("dataset", "database"))
     newest = {other.name: other for other in sorted(datasets(root), key=lambda data: (len(data.version), data.version))
               if other.is_sealed("index") and other.name not in {dataset.name, database.name}}
@@ -39,8 +41,19 @@ def evaluation_data(run: Run, names: Sequence[str] = ()
               for other in fitting if other not in judged]
     if names and unfit:
         raise ValueError(f"{unfit[0][0].label} cannot be evaluated with the others: {unfit[0][1]}\n"
-                         f"hint: name only databases with both: {', '.join(other.label for other in judged)}")
+                         f"hint: name two or more of the databases with both: "
+                         f"{', '.join(other.label for other in judged)}; or leave out --database")
     return dataset, database, judged, unfit
+
+
+def _refuse_foreign_run(run: Run, section: dict[str, Any]) -> None:
+    """ValueError if what the run was trained with is not in its root, as for an imported run."""
+    here = {dataset.name for dataset in datasets(run.root)}
+    labels = {section["dataset"], section["database"]}
+    if missing := sorted(label for label in labels if Dataset.parse(run.root, label).name not in here):
+        raise ValueError(f"the run {run.name} was trained with {' and '.join(missing)}: not in {run.root}, so what it "
+                         f"has seen is not known\n"
+                         f"hint: evaluate it in the root of its training; for the bundled model: python -m jobs demo")
 
 
 def can_evaluate(run: Run) -> bool:

@@ -85,18 +85,28 @@ def markdown_table(document: dict[str, Any]) -> str:
 
 
 def describe_weak_judges(document: dict[str, Any]) -> list[str]:
-    """A sentence for each judge that is hardly better than chance on real images."""
-    return [f"The {judge} is right for {100 * document['real'][judge]:.1f} % of the real images, which is hardly more "
-            f"than chance: its figures mean nothing. {cure}"
-            for judge, cure in (("judge", "--judge-steps trains it longer."),
-                                ("probe", "Its encoder may see no styles."))
-            if is_weak(document, judge)]
+    """A sentence for each judge that is hardly better than chance on real images, of all styles or of some."""
+    sentences = []
+    for judge, cure in (("judge", "--judge-steps trains it longer."), ("probe", "Its encoder may see no styles.")):
+        if is_weak(document, judge):
+            sentences.append(f"The {judge} is right for {100 * document['real'][judge]:.1f} % of the real images, "
+                             f"which is hardly more than chance: its figures mean nothing. {cure}")
+        elif styles := [style["database"] for style in document["real"]["styles"]
+                        if _is_hardly_chance(style[judge], len(document["styles"]))]:
+            sentences.append(f"The {judge} is hardly better than chance on the real images of {', '.join(styles)}. Its "
+                             f"figures for them mean nothing, and the means of all styles little. To leave them out, "
+                             f"name the other databases.")
+    return sentences
 
 
 def is_weak(document: dict[str, Any], judge: str) -> bool:
     """Whether a judge of an evaluation is hardly better than chance on real images."""
-    chance = 1 / len(document["styles"])
-    return bool(document["real"][judge] - chance < _LEAST_SKILL * (1 - chance))
+    return _is_hardly_chance(document["real"][judge], len(document["styles"]))
+
+
+def _is_hardly_chance(right: float, styles: int) -> bool:
+    chance = 1 / styles
+    return bool(right - chance < _LEAST_SKILL * (1 - chance))
 
 
 def format_percent(value: dict[str, float]) -> str:

@@ -23,11 +23,7 @@ def list_contents(root: str) -> list[dict[str, Any]]:
     entries = []
     for path, members in groupby(read_status(root), key=lambda state: _owner(state["path"])):
         states = list(members)
-        size: dict[str, Any] = {}
-        if states[0].get("stage") in COUNT_PARAMETERS:  # the weights are no files of the stage
-            weights = storage.walk(storage.join(root, path, "checkpoints"))
-            size = {"bytes": sum(length or 0 for _, length in weights)}
-        entries.append(_summarize(path, states) | size | ({"published": True} if states[0]["published"] else {}))
+        entries.append(_summarize(path, states) | ({"published": True} if states[0]["published"] else {}))
     return entries
 
 

@@ -196,6 +196,7 @@ def _state(root: str, path: str) -> dict[str, Any]:
             about |= {"dataset": _dataset(plan), "curve": _last(read_metrics(run)), "fault": fault}
             if steps:
                 about["of_steps"] = run.config(steps[-1]).get("steps")
+                about["bytes"] = run.checkpoint_bytes()
         return about | {"state": "stale" if changed else state, "changed": changed, "failed": failed}
     sealed = about | {"state": "stale" if changed else "sealed", "changed": changed,
                       **{key: manifest["totals"][key] for key in ("samples", "bytes", "skipped", "noted")},
@@ -212,7 +213,8 @@ def _state(root: str, path: str) -> dict[str, Any]:
         lines = read_metrics(run)
         sealed["seconds"] = round(curve["seconds"], 1) if (curve := _last(lines)) and "seconds" in curve else None
         sealed |= {"dataset": _dataset(plan), "curve": curve, "fault": None, "of_steps": manifest["info"].get("steps")}
-        sealed["bytes"] += sum(entry["bytes"] for step in run.steps() for entry in run.checkpoint(step)["files"])
+    if plan["stage"] in {"train", *COUNT_PARAMETERS}:  # its checkpoints are no files of the stage
+        sealed["bytes"] += Run(root, path.split("/")[1]).checkpoint_bytes()
     return sealed
 
 

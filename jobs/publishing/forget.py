@@ -258,8 +258,8 @@ def _touched(dataset: Dataset, rows: list[tuple[int, dict[str, Any]]], fresh: in
             "runs": [consumer for consumer in used if consumer.startswith("runs/")]}
 
 
-def forget_text(report: dict[str, Any]) -> str:
-    """The report as text."""
+def forget_text(root: str, report: dict[str, Any]) -> str:
+    """The report of `forget` as text."""
     if not report["found"]:
         readable = "readable dataset" if report["unreadable"] else "dataset"
         leave = "would leave" if report["dry_run"] else "leave"
@@ -283,22 +283,31 @@ def forget_text(report: dict[str, Any]) -> str:
                  "wrote")
     lines.append("the shards keep their bytes for now; training leaves them out from its next start, the weights of "
                  "runs do not change")
-    lines += _ways_to_remove(report["found"])
+    lines += _ways_to_remove(root, report["found"])
     lines += [fit_commands(f"  gc keeps {label} while {', '.join(used)} uses it; to remove that: "
                            f"python -m jobs rm {used[0]}") for label, used in users.items() if used]
     return "\n".join(lines)
 
 
-def _ways_to_remove(found: Sequence[Mapping[str, Any]]) -> list[str]:
+def _ways_to_remove(root: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """The commands that remove the bytes. gc keeps versions that `rebuild` did not make."""
-    names = sorted({entry["dataset"].split("@")[0] for entry in found if entry["rebuilt"]})
-    lines = [fit_commands(f"  to remove the bytes: python -m jobs rebuild {name} --source SOURCE && "
-                          f"python -m jobs gc {name} --keep 1 --lease 0") for name in names]
-    for label, adopt in ((entry["dataset"], " --adopt" * entry["adopted"]) for entry in found if not entry["rebuilt"]):
+    names = sorted({entry["dataset"].split("@")[0] for entry in entries if entry["rebuilt"]})
+    lines = [fit_commands(f"  to remove the bytes: python -m jobs rebuild {name} --source SOURCE{sign_option} && "
+                          f"python -m jobs gc {name} --keep 1 --lease 0")
+             for name in names for sign_option in [_find_sign_option(root, name)]]
+    for label, adopt in ((entry["dataset"], " --adopt" * entry["adopted"])
+                         for entry in entries if not entry["rebuilt"]):
         lines += [f"  to remove the bytes of {label}, which rebuild did not make: remove the images from its source;",
                   fit_commands(f"    then python -m jobs shard {label} --source SOURCE{adopt} --overwrite; "
                                f"or, to remove the version: python -m jobs rm datasets/{label.replace('@', '/')}")]
     return lines
+
+
+def _find_sign_option(root: str, name: str) -> str:
+    try:
+        return Published.load(root, name).sign_option
+    except DamagedPointer:  # `forget` has named it
+        return ""
 
 
 def _copies_text(report: dict[str, Any]) -> list[str]:

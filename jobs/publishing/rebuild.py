@@ -381,8 +381,8 @@ def _made(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal) -> dict[st
         return {"dataset": rebuild.name, "published": dataset.version, "by": "another"}
     if past:
         _log.warning("rebuild: the source equals that of %s, which was rolled back\n"
-                     "hint: python -m jobs rollback %s --to %s --root %s", dataset.version, rebuild.name,
-                     dataset.version, storage.redact_credentials(rebuild.root))
+                     "hint: python -m jobs rollback %s --to %s%s --root %s", dataset.version, rebuild.name,
+                     dataset.version, now.sign_option, storage.redact_credentials(rebuild.root))
         rebuild.keep_published()
         return {"dataset": rebuild.name, "published": rebuild.before.version, "rolled_back": dataset.version}
     diff = rebuild.compare(dataset, seal)

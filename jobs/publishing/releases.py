@@ -131,7 +131,7 @@ def rollback(root: str, name: str, to: str, *, dry_run: bool = False, keys: Rele
     current.refuse_removed()
     if not current.version:
         raise ValueError(f"nothing of {name} is published in {root}\n"
-                         f"hint: python -m jobs rebuild {name} --source SOURCE")
+                         f"hint: python -m jobs rebuild {name} --source SOURCE{current.sign_option}")
     if not dry_run:
         current.keys.refuse_unsigned(name, current.document)
     version = to or _choose_version(current)
@@ -148,7 +148,7 @@ def rollback(root: str, name: str, to: str, *, dry_run: bool = False, keys: Rele
                           f"hint: python -m jobs versions {name}")
     if not dry_run:
         _log.info("rollback: %s@%s is published in the place of %s\nhint: to undo this: python -m jobs rollback %s "
-                  "--to %s", name, version, current.version, name, current.version)
+                  "--to %s%s", name, version, current.version, name, current.version, current.sign_option)
     return report | {"rolled_back": current.version}
 
 
@@ -156,7 +156,8 @@ def _choose_version(current: Published) -> str:
     """The version that a rollback without `--to` publishes: the published one if a rollback has published it."""
     if (undone := current.document.get("rolled_back")) and not find_fault(current, current.document):
         _log.info("rollback: a rollback from %s has published %s@%s\nhint: to go further back: python -m jobs "
-                  "rollback %s --to VERSION", undone, current.name, current.version, current.name)
+                  "rollback %s --to VERSION%s", undone, current.name, current.version, current.name,
+                  current.sign_option)
         return current.version
     version, faults = find_earlier_version(current)
     for other, fault in faults.items():

@@ -87,7 +87,7 @@ def _repair_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool, 
                 return {"published": None}
             current.refuse_removed()
             raise ValueError(f"nothing of {name} is published in {root}\n"
-                             f"hint: python -m jobs rebuild {name} --source SOURCE")
+                             f"hint: python -m jobs rebuild {name} --source SOURCE{current.sign_option}")
         if not current.version:
             raise DamagedPointer(root, name, "is missing, and versions have a release")
         if fault := find_later_base(current):

@@ -136,8 +136,8 @@ def refuse_removed(dataset: Dataset, stage_name: str) -> None:
         return
     current = Published.load(dataset.root, dataset.name)
     current.refuse_removed()
-    command = (f"python -m jobs rebuild {dataset.name} --source SOURCE" if stage_name == "shards" else
-               Dataset(dataset.root, dataset.name, current.version).command(stage_name))
+    command = (f"python -m jobs rebuild {dataset.name} --source SOURCE{current.sign_option}"
+               if stage_name == "shards" else Dataset(dataset.root, dataset.name, current.version).command(stage_name))
     raise ValueError(f"{dataset.name}@{dataset.version} was removed; the published version is {current.version}\n"
                      f"hint: {command}")
 
@@ -158,7 +158,7 @@ def find_way_back(current: Published, damaged: Collection[str] = ()) -> str:
 
     `damaged`: URLs of files that may be damaged. A plain `rebuild` does not read the files that it takes over.
     """
-    sign = " --sign KEYFILE" if current.keys.accepted or "signature" in current.document else ""
+    sign = current.sign_option
     read = " --thorough" if find_fault(current, current.document, damaged) and not find_fault(
         current, current.document) else ""
     rebuild = f"python -m jobs rebuild {current.name} --source SOURCE{read}{sign}"

@@ -183,6 +183,17 @@ class Run:
             raise ValueError(f"the run {self.name} has no checkpoint {step}\nhint: it has "
                              f"{', '.join(map(str, self.steps())) or 'none'}") from None
 
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the complete checkpoints. One that is removed meanwhile does not count."""
+        total = 0
+        for step in self.steps():
+            try:
+                total += sum(entry["bytes"] for entry in self.checkpoint(step)["files"])
+            except ValueError:
+                if step in self.steps():  # it is damaged
+                    raise
+        return total
+
     def refuse_replaced(self, step: int) -> None:
         """DamagedFile if the run was sealed at this step with another checkpoint."""
         try:

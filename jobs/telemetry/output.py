@@ -18,11 +18,13 @@ _LINE = 80  # characters of a line of a result
 # Bold and its end. tables.render makes them on a terminal.
 _STYLE = re.compile("(\x1b\\[1m|\x1b\\[0m)")
 # A command ends where a line, a sentence or an alternative ends. The words of `submit` are those of another verb.
-_COMMAND = re.compile(r"python -m jobs (?!VERB|submit\b)[a-z]+(?:'[^'\n]*'|\"[^\"\n]*\"|"
+# The recipes are the same for every root.
+_COMMAND = re.compile(r"python -m jobs (?!VERB|submit\b|recipes\b)[a-z]+(?:'[^'\n]*'|\"[^\"\n]*\"|"
                       r"(?!; |, | && |\. |\.?$| or |[\n)`\\]|\s*python -m jobs ).)*", re.MULTILINE)
 _ROOT = re.compile(r"(?<!\S)--root\b")
 _COLOR = re.compile("\x1b\\[[0-9;]*m")
 _root = ""
+_key = ""
 
 
 def print_text(text: str, end: str = "\n") -> None:
@@ -107,6 +109,12 @@ def name_root(root: str) -> None:
     _root = root
 
 
+def name_key(path: str) -> None:
+    """Give the commands of `fit_commands` this file of --sign. "" if the user named none."""
+    global _key
+    _key = path
+
+
 def print_next(command: str) -> None:
     """Print the command that usually follows."""
     print_text(f"next: {fit_commands(command)}")
@@ -116,7 +124,10 @@ def fit_commands(text: str) -> str:
     """A message whose commands are those that the user would type: called in the same way, with the root at the end.
 
     Code below the command line writes `--root` with the whole path, or none. A command with another root keeps it.
+    `--sign KEYFILE` names the file that the user named.
     """
+    if _key:
+        text = text.replace("--sign KEYFILE", f"--sign {storage.quote(_key)}")
     if "python -m jobs " not in text:
         return text
     flag = re.escape(f" --root {storage.quote(storage.normalize(_root or DEFAULT_ROOT))}")

@@ -88,10 +88,8 @@ class Published:
         if any("signature" in document for document in self.history()) or (
                 self.keys.accepted and read_last_seen(self.root, self.name, SIGNED)):
             return " --sign KEYFILE"
-        if not self.keys.accepted:
-            return ""
         is_unsigned = self.keys.find_fault(self.name, self.document)
-        return " --sign KEYFILE" + (" --accept-unsigned, if the published version is right" if is_unsigned else "")
+        return self.sign_option + (" --accept-unsigned, if the published version is right" if is_unsigned else "")
 
     def _find_fault(self) -> str:
         """A fault of the signature of the pointer, or a disagreement with the history or the last seen; "" without."""
@@ -147,6 +145,11 @@ class Published:
         return self.document["removed"]["number"] if self.is_removed else self.document.get("number", 0)
 
     @property
+    def sign_option(self) -> str:
+        """The option with which a command publishes the next version; "" without signatures."""
+        return " --sign KEYFILE" if self.keys.accepted or "signature" in self.document else ""
+
+    @property
     def is_removed(self) -> bool:
         """Whether `rm` has removed the published dataset."""
         return "removed" in self.document
@@ -154,8 +157,9 @@ class Published:
     def refuse_removed(self) -> None:
         """ValueError if `rm` has removed the published dataset."""
         if self.is_removed:
-            raise ValueError(f"{self.name} was removed on {_date(self.document['removed']['at'])}\n"
-                             f"hint: to make it again: python -m jobs style {self.name} --source FOLDER")
+            date = time.strftime("%Y-%m-%d", time.gmtime(self.document["removed"]["at"]))
+            raise ValueError(f"{self.name} was removed on {date}\nhint: to make it again: python -m jobs style "
+                             f"{self.name} --source FOLDER{self.sign_option}")
 
     @property
     def folder(self) -> str:
@@ -206,7 +210,7 @@ class Published:
     def _refuse_removed(self, dataset: Dataset, manifests: Mapping[str, str] | None = None) -> None:
         """version_marks.RemovedVersion if a version is marked for removal, and not all of its `manifests` are there."""
         if version_marks.is_removing(dataset) and (manifests is None or find_changed_manifests(dataset, manifests)):
-            date = _date(version_marks.mark_time(dataset))
+            date = time.strftime("%Y-%m-%d", time.gmtime(version_marks.mark_time(dataset)))
             raise version_marks.RemovedVersion(f"{dataset.name}@{dataset.version} was removed on {date}\n"
                                                f"hint: python -m jobs versions {self.name}")
 
@@ -389,10 +393,6 @@ def _load_known(root: str, name: str, keys: ReleaseKeys) -> Published:
     if not published.version:
         refuse_unknown(published.root, name)
     return published
-
-
-def _date(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime(seconds))
 
 
 def _untrusted(name: str, version: str, fault: str) -> str:

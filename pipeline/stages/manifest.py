@@ -75,8 +75,7 @@ def changed_inputs(root: str, document: dict[str, Any], *, removed: bool = True)
             try:
                 manifest = storage.parse_json(_read_if_changed(url), url)
             except (FileNotFoundError, NotADirectoryError):
-                # A published version that was removed for its age did not change. Its release.json stays.
-                if storage.exists(storage.join(folder.rpartition("/")[0], "release.json")):
+                if _was_removed_for_age(folder):
                     continue
                 if not removed and not storage.exists(storage.join(folder, "plan.json")):
                     continue
@@ -86,6 +85,19 @@ def changed_inputs(root: str, document: dict[str, Any], *, removed: bool = True)
             if not isinstance(manifest, dict) or manifest.get("content") != described["digest"]:
                 changed.append(name)
     return changed
+
+
+def _was_removed_for_age(folder: str) -> bool:
+    """Whether a folder that is gone belonged to a published version, or was a checkpoint before newer ones.
+
+    Neither has changed. The release.json of a version stays, and a run keeps its newest checkpoints.
+    """
+    parent, _, name = folder.rpartition("/")
+    if storage.exists(storage.join(parent, "release.json")):
+        return True
+    return name.isdigit() and any(
+        storage.exists(storage.join(parent, other, "manifest.json"))
+        for other in storage.list_folders(parent) if other.isdigit() and int(other) > int(name))
 
 
 def stale_inputs(stage: Stage, claim: Claim) -> str:

@@ -104,7 +104,7 @@ def named_root() -> Iterator[str]:
     ("hint: python -m jobs gc n --keep 3 or python -m jobs ls.\n",
      "hint: python -m jobs gc n --keep 3 ROOT or python -m jobs ls ROOT.\n"),
     ("see `python -m jobs ls n` (python -m jobs recipes), which",
-     "see `python -m jobs ls n ROOT` (python -m jobs recipes ROOT), which"),
+     "see `python -m jobs ls n ROOT` (python -m jobs recipes), which"),
     ("next: python -m jobs sample 'it'\"'\"'s a b; c, d' --database n",
      "next: python -m jobs sample 'it'\"'\"'s a b; c, d' --database n ROOT"),
     ("hint: python -m jobs shard n --root HERE --overwrite", "hint: python -m jobs shard n --overwrite ROOT"),

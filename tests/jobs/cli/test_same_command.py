@@ -86,3 +86,13 @@ def test_a_source_that_is_not_the_demo_gets_one_line_on_the_encoder(
     caplog.clear()
     assert main([verb, "a", *source, *root, *named[0].split()]) == 0
     assert "the defaults are for the demo" not in caplog.text
+
+
+def test_a_pipeline_with_a_run_names_the_settings_of_the_demo_once(tmp_path: Path, drawn_pictures: Path,
+                                                                   caplog: pytest.LogCaptureFixture) -> None:
+    words = ["pipeline", "a", "--source", str(drawn_pictures / "flat"), "--image-size", "16", "--neighbors.k", "2",
+             "--train", "r", "--train.k", "2", "--train.steps", "1", "--root", str(tmp_path / "root"), "--local"]
+    with caplog.at_level(logging.WARNING):
+        assert main(words) == 0
+    lines = [line for line in caplog.messages if "the defaults are for the demo" in line]
+    assert len(lines) == 1 and "the network is a small one" in lines[0]

@@ -17,6 +17,7 @@ from jobs.evaluation.evaluation_data import evaluation_data
 from jobs.evaluation.held_out import held_out_captions, rows_with_captions
 from jobs.evaluation.judge_stage import StyleClassifierStage
 from jobs.runs.run import Run
+from jobs.training.export import BUNDLED, BUNDLED_RUN, import_run
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 from pipeline.embeddings.config import EmbedConfig
@@ -79,15 +80,27 @@ def test_databases_that_no_judge_can_test_are_left_out(unjudged_root: Path, draw
     assert "evaluate: own is left out: a judge needs images" in caplog.text
     assert _evaluate(unjudged_root, databases=("flat", "own", "outline")) == 2
     said = capsys.readouterr().err
-    assert "own cannot be evaluated with the others" in said and "with both: flat, outline\n" in said
+    assert "own cannot be evaluated with the others" in said and "with both: flat, outline; or" in said
     assert not (unjudged_root / "runs/small/judges").exists()
 
 
+def test_the_bundled_model_needs_the_datasets_of_the_demo(unjudged_root: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    import_run(Run.parse(str(unjudged_root), BUNDLED_RUN), BUNDLED)
+    assert main(["evaluate", BUNDLED_RUN, "--root", str(unjudged_root), "--local"]) == 2
+    said = capsys.readouterr().err
+    assert f"the run {BUNDLED_RUN} was trained with train: not in " in said
+    assert "bundled model: python -m jobs demo" in said
+
+
 def test_a_judge_that_is_hardly_better_than_chance_is_named() -> None:
-    document = {"styles": ["flat", "line"], "real": {"judge": 0.498, "probe": 0.9}}
+    styles = [{"database": "flat", "judge": 0.5, "probe": 1.0}, {"database": "line", "judge": 0.48, "probe": 0.0}]
+    document = {"styles": ["flat", "line"], "real": {"judge": 0.498, "probe": 0.9, "styles": styles}}
     assert summary.describe_weak_judges(document) == [
         "The judge is right for 49.8 % of the real images, which is hardly more than chance: its figures mean nothing. "
-        "--judge-steps trains it longer."]
+        "--judge-steps trains it longer.",
+        "The probe is hardly better than chance on the real images of line. Its figures for them mean nothing, and the "
+        "means of all styles little. To leave them out, name the other databases."]
 
 
 def test_everything_is_measured_and_reported(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

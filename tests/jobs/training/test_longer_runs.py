@@ -1,5 +1,6 @@
 """A finished run that is started again with more steps."""
 
+import json
 import re
 import shutil
 import signal
@@ -8,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from jobs.cli.main import main
 from jobs.inspection.status import read_status
@@ -51,3 +54,30 @@ def test_a_finished_run_that_goes_on_is_not_finished(prepared_root: Path, tmp_pa
     assert main(["verify", "--root", str(root)]) == 0
     assert main([*command, "--steps", str(step + 1)]) == 0
     assert run.is_finished() and state()["state"] == "sealed" and main(["verify", "--root", str(root)]) == 0
+
+
+def test_samples_stay_whole_when_their_checkpoint_is_removed_for_newer_ones(prepared_root: Path, tmp_path: Path,
+                                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    def find_state(path: str) -> dict[str, Any]:
+        return next(state for state in read_status(str(root)) if state["path"].startswith(path))
+
+    root, settings = tmp_path / "root", tmp_path / "settings.toml"
+    shutil.copytree(prepared_root, root)
+    settings.write_text('[train]\nglobal_batch = 8\ncheckpoint_every = 1\nprecision = "fp32"\n'
+                        "image_size = 16\n[train.unet]\nmodel_channels = 32\n")
+    place = ["--local", "--root", str(root)]
+    command = ["train", "longer", "--dataset", "drawn", "--config", str(settings), *place]
+    run = Run.parse(str(root), "longer")
+    assert main([*command, "--steps", "2"]) == 0
+    assert main(["sample", "longer", "--database", "drawn", "--prompt", "a circle", "--steps", "2", *place]) == 0
+    capsys.readouterr()
+    assert main([*command, "--steps", "5", "--json"]) == 0
+    assert run.steps() == [3, 4, 5]
+    result = json.loads(capsys.readouterr().out)
+    assert result["bytes"] == run.checkpoint_bytes() == find_state("runs/longer")["bytes"] > 100_000
+    assert find_state("runs/longer/samples")["state"] == "sealed"
+    assert main(["verify", "--root", str(root)]) == 0
+    for step in (3, 4, 5):  # without a newer one it was not removed for its age
+        shutil.rmtree(root / "runs" / "longer" / "checkpoints" / f"{step:07d}")
+    assert find_state("runs/longer/samples")["state"] == "stale"
+    assert main(["verify", "--root", str(root)]) == 1

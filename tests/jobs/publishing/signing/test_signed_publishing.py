@@ -13,6 +13,7 @@ from jobs.publishing.rebuild import run_rebuild
 from jobs.publishing.releases import rollback
 from jobs.publishing.repair import repair
 from jobs.sampling.mixture import Mixture
+from jobs.telemetry.output import fit_commands
 from pipeline import storage
 from pipeline.datasets.pointer import DamagedPointer
 from pipeline.releases import signatures, version_marks
@@ -55,6 +56,17 @@ def test_the_hint_signs_an_unsigned_dataset(place: Path, keys: Path, monkeypatch
     forge(place, document | {"sequence": 99})
     with pytest.raises(DamagedPointer, match=r"--sign KEYFILE$"):  # never sign what an attacker wrote
         published_dataset(root)
+
+
+def test_hints_of_a_signed_dataset_name_the_key(signed: Path, keys: Path, caplog: pytest.LogCaptureFixture,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(signed / "root")
+    assert main(["rollback", NAME, "--sign", str(keys / "publisher.pem"), "--root", root]) == 0
+    _, _, undo = fit_commands(caplog.messages[-1]).partition("hint: to undo this: python -m jobs ")
+    assert main(shlex.split(undo)) == 0  # literally
+    assert published_dataset(root).version == "v2"
+    assert main(["forget", "--url", "added.png", "--root", root]) == 0
+    assert f"python -m jobs rebuild {NAME} --source SOURCE --sign KEYFILE --root" in capsys.readouterr().out
 
 
 def test_publishing_a_signed_dataset_needs_the_key(signed: Path, monkeypatch: pytest.MonkeyPatch,
