@@ -186,7 +186,8 @@ def run_verify(options: VerifyOptions) -> int:
     if options.common.dry_run:
         output.print_answer(folders, lambda: "\n".join(folders), as_json=options.json)
         return 0
-    damaged = [{"path": stage["path"], "fault": stage["error"]} for stage in stages if stage["state"] == "damaged"]
+    damaged = [{"path": stage["path"], "fault": stage["error"]} for stage in stages if stage["state"] == "damaged"
+               and (options.quick or "lost_step" not in stage)]  # a lost checkpoint is found below
     faults: list[str] = []
     for fault in itertools.chain(chain, damaged, *(
             verify.find_faults(root, path, quick=options.quick) for path in folders)):

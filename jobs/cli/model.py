@@ -141,9 +141,12 @@ def train(job: "Job", cluster: ClusterConfig, *, local: bool, overwrite: bool = 
         # With --overwrite rank 0 replaces the folder meanwhile, so the other ranks do not look into it.
         if not overwrite and storage.exists(storage.join(training.folder, "manifest.json")):
             prepare(training)
-            manifest = read_manifest(training.folder, training.command)
-            if manifest["info"]["steps"] >= job.config.steps:
+            manifest, lost = read_manifest(training.folder, training.command), job.run.lost_step()
+            if lost is None and manifest["info"]["steps"] >= job.config.steps:
                 return manifest
+            if lost is not None:
+                _log.info("train: the last checkpoint of the run %s, of step %d, is missing; its steps are made again",
+                          job.run.name, lost)
         if os.environ.get("RANK", "0") != "0":
             return _train_and_seal(training, job, cluster, local=local)
         if not overwrite and training.takes_over:
@@ -382,7 +385,7 @@ def run_export(options: ExportOptions) -> int:
     from jobs.training.export import export_weights
     run, out = Run.parse(options.common.root, options.run), Path(options.out)
     if options.common.dry_run:
-        output.print_document({"folder": str(out), "step": options.checkpoint or run.latest_step()},
+        output.print_document({"folder": str(out), "step": run.choose_step(options.checkpoint)},
                               as_json=options.json)
         return 0
     output.print_document(export_weights(run, options.checkpoint, out), as_json=options.json)

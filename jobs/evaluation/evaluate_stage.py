@@ -109,7 +109,7 @@ class Evaluation(Stage):
         self.planned = planned
         self.judging, self.run, self.databases = judging, judging.run, judging.databases
         self.mixed, self.encoder, self.how, self.prompts = mixed, encoder, how, prompts
-        self.step = step or self.run.latest_step()
+        self.step = self.run.choose_step(step)
         super().__init__(self.run.root, f"{self.run.path}/evaluations/{name}", config)
         if name:
             Run.parse(self.root, name)  # a name, not a way out of the folder
@@ -120,6 +120,10 @@ class Evaluation(Stage):
     @property
     def command(self) -> str:
         return f"python -m jobs evaluate {self.run.name} --root {storage.quote(self.root)}"
+
+    @property
+    def alternative(self) -> str:
+        return "another --name"
 
     def section(self) -> dict[str, Any]:
         config = super().section()

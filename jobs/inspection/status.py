@@ -177,6 +177,9 @@ def _state(root: str, path: str) -> dict[str, Any]:
     items = records.count(plan["items"])
     about = {"stage": plan["stage"], "items": items}
     changed = changed_inputs(root, plan)
+    if manifest is not None and (lost := _lost_step(root, path, plan["stage"])) is not None:
+        return about | {"state": "damaged", "error": f"its last checkpoint, of step {lost}, is missing",
+                        "lost_step": lost}
     if manifest is None or (plan["stage"] == "train" and _goes_on(root, path, manifest)):
         for name in storage.list_files(storage.join(root, path, "more")):
             url = storage.join(root, path, "more", name)
@@ -216,6 +219,14 @@ def _state(root: str, path: str) -> dict[str, Any]:
     if plan["stage"] in {"train", *COUNT_PARAMETERS}:  # its checkpoints are no files of the stage
         sealed["bytes"] += Run(root, path.split("/")[1]).checkpoint_bytes()
     return sealed
+
+
+def _lost_step(root: str, path: str, stage: str) -> int | None:
+    """The step of the last checkpoint of a sealed run, if it is lost and no command trains the run."""
+    if stage not in {"train", *COUNT_PARAMETERS}:
+        return None
+    now = _progress(root, path)
+    return None if now and not seconds_silent(now) else Run(root, path.split("/")[1]).lost_step()
 
 
 def _goes_on(root: str, path: str, manifest: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from jobs.publishing.whole_versions import (
     find_way_back,
     list_publications,
 )
+from jobs.runs.run import Run
 from pipeline import storage
 from pipeline.datasets.dataset import RELEASED_STAGES, Dataset, datasets
 from pipeline.datasets.names import is_name
@@ -70,9 +71,18 @@ def _find_command(root: str, paths: Sequence[str], keys: ReleaseKeys) -> str:
     if kind == "runs" and len(rest) > 1 and rest[0] in _OF_RUNS:
         return f"python -m jobs rm runs/{name}/{rest[0]}/{rest[1]}"
     if kind == "runs":  # a command that trains again would remove the checkpoints that are whole
-        return (f"restore {storage.join(root, kind, name)} from a backup; or, to remove it with its samples: "
-                f"python -m jobs rm runs/{name}")
+        return (f"restore {storage.join(root, kind, name)} from a backup{_train_again(Run(root, name))}; or, to remove "
+                f"it with its samples: python -m jobs rm runs/{name}")
     return f"python -m jobs demo, after {storage.join(root, kind, name)} is removed"
+
+
+def _train_again(run: Run) -> str:
+    """Another way for a run that has lost its last checkpoint, "" for other damage."""
+    try:
+        lost = run.lost_step()
+    except DamagedFile:  # its manifest
+        lost = None
+    return "" if lost is None else "; or repeat the command that made it, which makes the lost steps again"
 
 
 def _mend_adopted(root: str, tar: str) -> str:

@@ -11,6 +11,7 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.stages.documents import RootPath, check_shape
 from pipeline.storage import DamagedFile
+from pipeline.takedowns.takedown_list import Forgotten
 
 _log = logging.getLogger(__name__)
 _EXPORT = "clip-retrieval"
@@ -40,25 +41,35 @@ def find_samples(root: str, name: str) -> dict[str, list[str]]:
     return samples
 
 
-def find_samples_showing(root: str, hashes: Collection[str]) -> list[str]:
-    """The samples that hold a copy of an image with one of these hashes as a neighbor."""
+def find_samples_showing(root: str, wanted: Forgotten, hashes: Collection[str]) -> list[str]:
+    """The samples that hold a copy of a wanted image, or of one with one of these hashes, as a neighbor.
+
+    The log names samples of a removed version that may show one: older samples do not name the URLs of their neighbors.
+    """
     root, showing = storage.normalize(root), []
     for path in _sample_folders(root):
         try:
             pictures = storage.read_json(storage.join(root, path, "samples.json"))["pictures"]
-            used = {neighbor["sha256"] for picture in pictures for neighbor in picture["neighbors"]}
+            used = [(neighbor.get("database", picture["database"]), neighbor)
+                    for picture in pictures for neighbor in picture["neighbors"]]
+            is_showing = any(neighbor["sha256"] in hashes or wanted.has(neighbor) for _, neighbor in used)
+            unnamed = {label for label, neighbor in used if "url" not in neighbor}
         except FileNotFoundError:
             continue
         except (ValueError, LookupError, TypeError):
             _log.warning("forget: %s/samples.json is damaged: it may show images that are taken down", path)
             continue
-        if not used.isdisjoint(hashes):
+        if is_showing:
             showing.append(path)
+        elif (wanted.urls or wanted.domains) and any(
+                not Dataset.parse(root, label).is_sealed("shards") for label in unnamed):
+            _log.warning("forget: %s may show such images: gc removed its database, and it names no URLs\n"
+                         "hint: python -m jobs rm %s", path, path)
     return showing
 
 
-def find_grids_showing(root: str, hashes: Collection[str]) -> list[str]:
-    """The folders with validation images of runs that show an image with one of these hashes.
+def find_grids_showing(root: str, wanted: Forgotten, hashes: Collection[str]) -> list[str]:
+    """The folders with validation images of runs that show a wanted image, or one with one of these hashes.
 
     Images that were written before they named their rows are not known.
     """
@@ -76,7 +87,7 @@ def find_grids_showing(root: str, hashes: Collection[str]) -> list[str]:
                 _log.warning("forget: %s/%s may show images that are taken down: %s\nhint: python -m jobs rm %s",
                              folder, file, storage.first_line(error), folder)
                 continue
-            if any(row["sha256"] in hashes for row in shown):
+            if any(row["sha256"] in hashes or wanted.has(row) for row in shown):
                 showing.append(folder)
                 break
     return showing

@@ -17,9 +17,11 @@ from pipeline.takedowns.takedown_list import Forgotten, read_takedowns
 
 _CELL = 160
 _TAKEN_DOWN = "this image was taken down"
+_REMOVED = "this version of the database was removed, or was made again"
+_UNKNOWN = f"{_REMOVED}; this image may have been taken down"
 _SAMPLES = {"pictures": [{
     "file": str, "prompt?": (str, type(None)), "seed": int, "database": str, "neighbors": [{
-        "key": str, "score": NUMBER, "caption": str, "sha256": str, "file": str, "database?": str}]}]}
+        "key": str, "score": NUMBER, "caption": str, "sha256": str, "file": str, "url?": str, "database?": str}]}]}
 
 
 def list_credits(text: str, root: str = "") -> list[dict[str, Any]]:
@@ -83,9 +85,10 @@ def _credit(neighbor: dict[str, Any], label: str, known: dict[str, dict[str, Any
     if row is not None and row["sha256"] != neighbor["sha256"]:
         row = None  # the version was made again after this sample
     note = (_TAKEN_DOWN if forgotten.has(row or neighbor) else
-            "" if row else "this version of the database was removed, or was made again")
+            "" if row else
+            _UNKNOWN if "url" not in neighbor and (forgotten.domains or forgotten.urls) else _REMOVED)
     return {"database": label, "key": neighbor["key"], "score": neighbor["score"], "caption": neighbor["caption"],
-            "url": row["url"] if row else "", **credit_row(row or {}, label),
+            "url": row["url"] if row else neighbor.get("url", ""), **credit_row(row or {}, label),
             "sha256": neighbor["sha256"], "file": file,
             **({"note": note} if note else {})}
 
@@ -140,7 +143,7 @@ def save_sheet(credited: list[dict[str, Any]], out: Path) -> None:
         folder = credit["pictures"][0]["file"].rpartition("/")[0]
         sample = f"{folder}/{credit['sample'].rpartition('/')[2]}"
         rows.append([(_picture(sample), credit["prompt"]), *(
-            (None, neighbor["note"]) if neighbor.get("note") == _TAKEN_DOWN else
+            (None, neighbor["note"]) if neighbor.get("note") in {_TAKEN_DOWN, _UNKNOWN} else
             (_picture(neighbor["file"]), _below(neighbor)) for neighbor in credit["pictures"])])
     width = max(map(len, rows))
     rows = [row + [(None, "")] * (width - len(row)) for row in rows]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jobs.publishing.consumers import find_consumers, find_exports_showing, find_grids_showing, find_samples_showing
-from jobs.publishing.whole_versions import find_replacement
+from jobs.publishing.whole_versions import find_replacement, find_sign_option
 from jobs.telemetry.output import fit_commands
 from jobs.telemetry.units import format_count
 from pipeline import storage
@@ -109,7 +109,7 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
     hashes |= wanted.sha256
     report, samples, grids = storage.join(root, "report.html"), list[str](), list[str]()
     try:
-        samples, grids = find_samples_showing(root, hashes), find_grids_showing(root, hashes)
+        samples, grids = find_samples_showing(root, wanted, hashes), find_grids_showing(root, wanted, hashes)
     except PermissionError as error:
         unreadable.note("runs", error)
     return {"sha256": sorted(wanted.sha256), "urls": sorted(wanted.urls), "domains": sorted(wanted.domains),
@@ -294,20 +294,13 @@ def _ways_to_remove(root: str, entries: Sequence[Mapping[str, Any]]) -> list[str
     names = sorted({entry["dataset"].split("@")[0] for entry in entries if entry["rebuilt"]})
     lines = [fit_commands(f"  to remove the bytes: python -m jobs rebuild {name} --source SOURCE{sign_option} && "
                           f"python -m jobs gc {name} --keep 1 --lease 0")
-             for name in names for sign_option in [_find_sign_option(root, name)]]
+             for name in names for sign_option in [find_sign_option(root, name)]]
     for label, adopt in ((entry["dataset"], " --adopt" * entry["adopted"])
                          for entry in entries if not entry["rebuilt"]):
         lines += [f"  to remove the bytes of {label}, which rebuild did not make: remove the images from its source;",
                   fit_commands(f"    then python -m jobs shard {label} --source SOURCE{adopt} --overwrite; "
                                f"or, to remove the version: python -m jobs rm datasets/{label.replace('@', '/')}")]
     return lines
-
-
-def _find_sign_option(root: str, name: str) -> str:
-    try:
-        return Published.load(root, name).sign_option
-    except DamagedPointer:  # `forget` has named it
-        return ""
 
 
 def _copies_text(report: dict[str, Any]) -> list[str]:

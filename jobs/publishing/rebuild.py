@@ -15,7 +15,7 @@ import numpy as np
 
 from jobs.publishing.config import RebuildConfig
 from jobs.publishing.consumers import list_consumer_encoders
-from jobs.publishing.whole_versions import find_release_fault
+from jobs.publishing.whole_versions import describe_missing, find_release_fault
 from jobs.telemetry import logs
 from pipeline import storage
 from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
@@ -111,7 +111,7 @@ class Rebuild:
             tuple(map(base.is_sealed, RELEASED_STAGES))  # refuses one that the signature does not name
             read = self.config.full or self.config.thorough
             if missing := find_missing_files(base, dict(base.trusted), read=read):
-                fault = f"{len(missing)} files are missing or changed, the first is {missing[0]}"
+                fault = describe_missing(missing)
         except ValueError as error:
             fault = storage.first_line(error)
         if not fault:
@@ -144,15 +144,15 @@ class Rebuild:
             if version_number(version) <= self.before.number or self._is_gone(version):
                 continue
             earlier = self._claimed(version)
-            if earlier == claim and version not in past and (
-                    fault := find_release_fault(Dataset(self.root, self.name, version))):
-                _log.warning("rebuild: %s@%s is unpublished and damaged (%s): this command makes another version",
-                             self.name, version, fault)
-                broken.add(version)
-                continue
             # A version that was rolled back stays so, unless the published one needs a replacement.
-            if earlier == claim or (earlier and version in past and earlier["source"] == source and self._base):
+            if not earlier or not (earlier == claim or (
+                    version in past and earlier["source"] == source and self._base)):
+                continue
+            if not (fault := find_release_fault(Dataset(self.root, self.name, version))):
                 return Dataset(self.root, self.name, version), version in past
+            _log.warning("rebuild: %s@%s is unpublished and damaged (%s): this command makes another version",
+                         self.name, version, fault)
+            broken.add(version)
         number = self.before.number
         while True:
             number += 1
@@ -220,7 +220,8 @@ class Rebuild:
         if dataset.is_sealed("index"):
             return
         whole = Index(dataset, self.index)
-        if last and not self._planned(whole) and self._extends(dataset, last):
+        begun = self._begun_index(whole)  # perhaps with another --retrain
+        if last and (begun == "extended" or (not begun and self._extends(dataset, last))):
             try:
                 seal(Extension(dataset, last, self.index))
                 return
@@ -229,10 +230,11 @@ class Rebuild:
                 clear_folder(whole)
         build_index(whole, seal)
 
-    def _planned(self, whole: Index) -> bool:
-        """Whether an index that is trained from the start was begun."""
+    def _begun_index(self, whole: Index) -> str:
+        """What was planned: a `whole` index that is trained from the start, or one `extended`; "" if there is no plan."""
         plan = storage.join(whole.folder, "plan.json")
-        return storage.exists(plan) and "base" not in check_plan(storage.read_json(plan), plan)["inputs"]
+        inputs = check_plan(storage.read_json(plan), plan)["inputs"] if storage.exists(plan) else None
+        return "" if inputs is None else "extended" if "base" in inputs else "whole"
 
     def _extends(self, dataset: Dataset, last: Dataset) -> bool:
         """Whether the index of the last version can be taken over."""

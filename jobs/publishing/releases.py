@@ -143,12 +143,13 @@ def rollback(root: str, name: str, to: str, *, dry_run: bool = False, keys: Rele
     dataset = Dataset(root, name, version)
     release, data = release_files.read_release(dataset)
     assert release is not None, version
+    undo = "" if find_fault(current, current.document) else (
+        f"\nhint: to undo this: python -m jobs rollback {name} --to {current.version}{current.sign_option}")
     if not dry_run and not current.publish(dataset, data, release["number"], rolled_back=current.version):
         raise StageFailed(f"another command published a version of {name} meanwhile\n"
                           f"hint: python -m jobs versions {name}")
     if not dry_run:
-        _log.info("rollback: %s@%s is published in the place of %s\nhint: to undo this: python -m jobs rollback %s "
-                  "--to %s%s", name, version, current.version, name, current.version, current.sign_option)
+        _log.info("rollback: %s@%s is published in the place of %s%s", name, version, current.version, undo)
     return report | {"rolled_back": current.version}
 
 

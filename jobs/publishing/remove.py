@@ -18,6 +18,7 @@ from typing import Any
 from jobs.publishing.check_published import list_published
 from jobs.publishing.consumers import find_consumers, read_inputs
 from jobs.publishing.garbage_collect import files_of
+from jobs.publishing.whole_versions import find_sign_option
 from jobs.runs.run import Run
 from jobs.runs.targets import is_within, refuse_unknown_target, suggest
 from jobs.telemetry.units import format_count
@@ -181,7 +182,8 @@ def _refuse_published(root: str, path: str) -> None:
         return
     if not below and name in list_published(root):
         raise ValueError(f"{name} is published, and readers may use it\nhint: to remove all versions: "
-                         f"python -m jobs rm {name} --published; to remove old ones: python -m jobs gc {name}")
+                         f"python -m jobs rm {name} --published{find_sign_option(root, name)}; to remove old ones: "
+                         f"python -m jobs gc {name}")
     for version in below[:1] or storage.list_folders(storage.join(root, path)):
         dataset = Dataset(root, name, version)
         is_marked = version_marks.publishing_sequence(version_marks.read_mark(dataset)) is not None

@@ -2,13 +2,15 @@
 
 import contextlib
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jobs.publishing.consumers import find_consumers
+from jobs.telemetry.units import format_count
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.names import version_number
+from pipeline.datasets.pointer import DamagedPointer
 from pipeline.releases import release_files, version_marks
 from pipeline.releases.published import Published
 from pipeline.releases.release_files import find_missing_files
@@ -71,7 +73,12 @@ def find_fault(current: Published, document: Mapping[str, Any], damaged: Collect
         missing = find_missing_files(dataset, dict(dataset.trusted), suspects=damaged)
     except DamagedFile as error:
         return storage.first_line(error)
-    return f"{len(missing)} files are missing or changed, the first is {missing[0]}" if missing else ""
+    return describe_missing(missing)
+
+
+def describe_missing(urls: Sequence[str]) -> str:
+    """The fault of a version whose files are missing or changed; "" if there are none."""
+    return f"{format_count(len(urls), 'file')} missing or changed, the first is {urls[0]}" if urls else ""
 
 
 def find_release_fault(dataset: Dataset) -> str:
@@ -81,7 +88,7 @@ def find_release_fault(dataset: Dataset) -> str:
         missing = find_missing_files(dataset, release["manifests"]) if release else []
     except DamagedFile as error:
         return storage.first_line(error)
-    return f"{len(missing)} files are missing or changed, the first is {missing[0]}" if missing else ""
+    return describe_missing(missing)
 
 
 def is_signed(current: Published, version: str) -> bool:
@@ -151,6 +158,14 @@ def find_earlier_version(current: Published, damaged: Collection[str] = ()) -> t
                 return version, faults
             faults[version] = fault
     return "", faults
+
+
+def find_sign_option(root: str, name: str) -> str:
+    """The option that a command needs to publish a version of a dataset, or to remove it; "" without signatures."""
+    try:
+        return Published.load(root, name).sign_option
+    except DamagedPointer:  # readers name it
+        return ""
 
 
 def find_way_back(current: Published, damaged: Collection[str] = ()) -> str:

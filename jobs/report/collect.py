@@ -116,16 +116,17 @@ class RootContents:
         return self._hidden[dataset]
 
     def is_hidden(self, neighbor: Mapping[str, Any], label: str) -> bool:
-        """Whether a neighbor of a sample (sha256, row) must not be shown. `label`: the database of its entry.
+        """Whether a neighbor of a sample (sha256, row, url) must not be shown. `label`: the database of its entry.
 
         The takedown list has no hashes for a domain and for tombstones, so the hidden rows count too. If the version
-        was removed, they are not known: with a domain in the list no neighbor of that version is shown.
+        was removed, they are not known. Older samples do not name the URLs of their neighbors: with a domain or URL in
+        the list these are not shown either.
         """
         if self.forgotten.has(neighbor):
             return True
         database = Dataset.parse(self.address, neighbor.get("database", label))
         if not database.is_sealed("shards"):
-            return bool(self.forgotten.domains)
+            return "url" not in neighbor and bool(self.forgotten.domains or self.forgotten.urls)
         return bool(np.isin(neighbor["row"], self.hidden_rows(database)))
 
     @cached_property

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import io
 import json
+import logging
 import os
 import re
 import threading
@@ -16,22 +17,23 @@ from typing import Any
 from pipeline import storage
 from pipeline.datasets.names import MOST_LETTERS
 from pipeline.stages.documents import NUMBER, RootPath, check_manifest, check_shape
-from pipeline.stages.manifest import NotSealed, read_manifest
+from pipeline.stages.manifest import REMOVED_FOR_AGE, NotSealed, read_manifest
 
+_log = logging.getLogger(__name__)
 # The first one that fits an error counts.
 HOPELESS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (FloatingPointError, MemoryError,
                                                                         storage.DamagedFile, ValueError)}
 LINEAGE = {"*": {"path": RootPath, "digest?": str}}
 _PLAN = {"section": {"encoder?": dict, "image_size?": int, "dataset?": str, "lineage?": LINEAGE}, "inputs?": LINEAGE}
 _FAULT = {"kind": str, "message": str, "launch": str, "at": NUMBER}
-_SHOWN = [{"database": str, "row": int, "sha256": str}]
+_SHOWN = [{"database": str, "row": int, "sha256": str, "url?": str}]
 SHOWN_ROWS = "rows"
 """The text in a PNG of validation that names the rows which it shows."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def read_shown_rows(grid: bytes) -> list[dict[str, Any]] | None:
-    """The rows (database, row, sha256) that a PNG of validation shows; None for an old file that does not name them.
+    """The rows (database, row, sha256, url) that a PNG of validation shows; None for an old one that names none.
 
     OSError if it is no image, ValueError or DamagedFile if the text with the rows is damaged.
     """
@@ -99,9 +101,20 @@ class Run:
         """Whether the run was trained to its last step, imported or converted. More steps make it unfinished."""
         if not storage.exists(storage.join(self.folder, "manifest.json")):
             return False
+        if self.lost_step() is not None:
+            return False
         finished = read_manifest(self.folder, self.command)["info"].get("steps")
         newest = self.steps()[-1:]
         return finished is None or not newest or newest[0] <= finished or newest[0] >= self.config(newest[0])["steps"]
+
+    def lost_step(self) -> int | None:
+        """The step of the last checkpoint of a sealed run, if neither it nor a later one is there. None otherwise."""
+        try:
+            info = read_manifest(self.folder, self.command)["info"]
+        except NotSealed:
+            return None
+        last = info.get("steps", info.get("step"))
+        return last if "checkpoint" in info and last is not None and max(self.steps(), default=-1) < last else None
 
     def validated(self, step: int) -> str:
         """The URL of the images of a validation."""
@@ -173,6 +186,20 @@ class Run:
             self.section()
             raise ValueError(f"the run {self.name} has no checkpoint yet\nhint: {self.command}")
         return steps[-1]
+
+    def choose_step(self, step: int) -> int:
+        """`step`, or that of the newest complete checkpoint if it is 0; ValueError if there is none.
+
+        The log says if a later one is lost.
+        """
+        if step:
+            self.checkpoint(step)
+            return step
+        newest = self.latest_step()
+        if (lost := self.lost_step()) is not None:
+            _log.warning("the last checkpoint of the run %s, of step %d, is missing: that of step %d is used\n"
+                         "hint: python -m jobs verify --only %s", self.name, lost, newest, self.path)
+        return newest
 
     def checkpoint(self, step: int) -> dict[str, Any]:
         """The manifest of a checkpoint; ValueError if it is not there."""
@@ -258,8 +285,14 @@ class Run:
                          storage.join(target, "manifest.json"))
 
     def forget(self, keep: int) -> None:
-        """Remove all complete checkpoints but the newest `keep`; the manifest goes first."""
-        for step in self.steps()[:-keep]:
+        """Remove all complete checkpoints but the newest `keep`; the manifest goes first.
+
+        A file beside them says through which step they are gone for their age, so that this is no loss.
+        """
+        steps = self.steps()
+        if old := steps[:max(len(steps) - keep, 0)]:
+            storage.put_json({"through": old[-1]}, storage.join(self.folder, "checkpoints", REMOVED_FOR_AGE))
+        for step in old:
             self.discard(step)
 
     def discard(self, step: int) -> None:

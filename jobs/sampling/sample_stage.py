@@ -72,7 +72,7 @@ class Sampling(Stage):
         _check_neighbor_count(self.query_config, config)
         self.queries = build_queries(prompts, pictures, self.query_config.unconditional, self.query_config.count)
         self.run, self.prompts, self.pictures, self.encoder = run, prompts, pictures, encoder
-        self.step = step or run.latest_step()
+        self.step = run.choose_step(step)
         super().__init__(run.root, f"{run.path}/samples/{name}", config)
         if not name:
             self.path = f"{run.path}/samples/{fingerprint(self)[:12]}"
@@ -87,6 +87,10 @@ class Sampling(Stage):
             ("unconditional", self.query_config.unconditional, 0), ("count", self.query_config.count, 1))
                            if value != usual)
         return f"python -m jobs sample {self.run.name}{options} --root {storage.quote(self.root)}"
+
+    @property
+    def alternative(self) -> str:
+        return "another --name"
 
     def section(self) -> dict[str, Any]:
         # Settings with these values have no key: folders from before the settings existed keep their fingerprint.
@@ -281,7 +285,8 @@ def _neighbor_entries(name: str, database: Mixture, neighbors: Sequence[tuple[in
                       ) -> list[dict[str, Any]]:
     """The entries of samples.json for the neighbors of one image, which are (database, sample, score)."""
     return [{"key": sample.key, "row": sample.row, "score": round(score, 6), "caption": sample.caption,
-             "sha256": sample.sha256, "file": _neighbor_file(name, rank), **_database_field(database, member)}
+             "sha256": sample.sha256, "url": sample.url, "file": _neighbor_file(name, rank),
+             **_database_field(database, member)}
             for rank, (member, sample, score) in enumerate(neighbors)]
 
 

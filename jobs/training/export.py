@@ -33,7 +33,7 @@ def export_weights(run: Run, step: int, out: Path) -> dict[str, Any]:
     That is the averaged weights in half precision, the first stage as it is, and the settings. ValueError if the first
     stage of the run is missing.
     """
-    section, step = run.section() | {"lineage": run.lineage()}, step or run.latest_step()
+    section, step = run.section() | {"lineage": run.lineage()}, run.choose_step(step)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty\nhint: another --out")
     run.refuse_replaced(step)

@@ -150,7 +150,7 @@ class Validation:
     def _shown_rows(self) -> list[dict[str, Any]]:
         """The rows that the grid shows, so that the report can leave it out once one of them is forgotten."""
         shown = [(self.dataset, self.pictures), (self.job.database, list(self.near.values()))]
-        return [{"database": dataset.label, "row": one.row, "sha256": one.sha256}
+        return [{"database": dataset.label, "row": one.row, "sha256": one.sha256, "url": one.url}
                 for dataset, samples in shown for one in samples]
 
     def _pixels(self, rows: np.ndarray) -> torch.Tensor:

@@ -12,11 +12,13 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.stages import records
-from pipeline.stages.documents import check_manifest
+from pipeline.stages.documents import check_manifest, check_shape
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Claim
 from pipeline.storage import DamagedFile
 
+REMOVED_FOR_AGE = "removed.json"
+"""The file beside the checkpoints of a run that says through which step they were removed for newer ones."""
 _KEPT_FILES = 16
 _kept: OrderedDict[str, tuple[str, bytes]] = OrderedDict()  # url -> stamp, content
 _kept_lock = threading.Lock()
@@ -88,16 +90,15 @@ def changed_inputs(root: str, document: dict[str, Any], *, removed: bool = True)
 
 
 def _was_removed_for_age(folder: str) -> bool:
-    """Whether a folder that is gone belonged to a published version, or was a checkpoint before newer ones.
-
-    Neither has changed. The release.json of a version stays, and a run keeps its newest checkpoints.
-    """
+    """Whether a folder that is gone belonged to a published version, or was an old checkpoint. Neither has changed."""
     parent, _, name = folder.rpartition("/")
     if storage.exists(storage.join(parent, "release.json")):
         return True
-    return name.isdigit() and any(
-        storage.exists(storage.join(parent, other, "manifest.json"))
-        for other in storage.list_folders(parent) if other.isdigit() and int(other) > int(name))
+    try:
+        url = storage.join(parent, REMOVED_FOR_AGE)
+        return name.isdigit() and int(name) <= check_shape(storage.read_json(url), url, {"through": int}, "")["through"]
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def stale_inputs(stage: Stage, claim: Claim) -> str:

@@ -1,52 +1,50 @@
-"""A rebuild that must do more than take over: a decoder is new, or an extended index would be too large."""
+"""A rebuild after one that was killed with other settings, and after a rollback from a damaged version."""
 
-import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from jobs.cli.main import main
-from pipeline.datasets.metadata import metadata
-from pipeline.media import decode
-from pipeline.releases.published import Published
-from pipeline.versions.config import GatesConfig
-from tests.jobs.publishing.published_art import paint, published_dataset, rebuild
-from tests.pipeline.media.sample_images import jxl_header, without_extra_formats
+from jobs.publishing.rebuild import run_rebuild
+from jobs.publishing.releases import rollback
+from pipeline.indices.extend import Extension
+from pipeline.stages.driver import run_stage
+from pipeline.stages.plan import prepare
+from pipeline.stages.stage import Stage
+from tests.jobs.publishing.published_art import (
+    NAME,
+    make_rebuild,
+    paint,
+    pictures,
+    published_dataset,
+    rebuild,
+    vectors_by_content,
+)
 
 
-def test_an_image_that_lacked_a_decoder_is_tried_again_once_it_is_installed(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pi_heif", reason="pip install pi-heif")
-    source, root = tmp_path / "source", tmp_path / "root"
-    source.mkdir()
-    for number in range(3):
-        paint(source / f"{number}.png", number)
-    heic = Path(__file__).parents[2] / "pipeline/media/shapes.heic"
-    (source / "a.heic").write_bytes(heic.read_bytes())
-    (source / "b.heic").write_bytes(b"no image")  # it failed for another reason
-    (source / "c.jxl").write_bytes(jxl_header(96, 64))  # its package is missing all the same
-    gates = GatesConfig(max_failed=1)
-    with without_extra_formats():
-        assert rebuild(root, source, gates=gates)["published"] == "v1"
-    monkeypatch.setattr(decode, "_EXTRA_MODULES", {"HEIF": "pi_heif", "JXL": "no_such_package"})
-    result = rebuild(root, source, gates=gates)
-    assert (result["published"], result["kept"], result["changed"], result["added"]) == ("v2", 5, 1, 0)
-    rows = [row for record in published_dataset(root).manifest("shards")["items"]
-            for row in metadata(published_dataset(root), record)]
-    assert sorted(row["url"] for row in rows) == ["0.png", "1.png", "2.png", "a.heic"]
-    assert published_dataset(root).manifest("shards")["totals"]["skipped"] == {
-        "not_a_picture": 1, "needs_formats_extra": 1}
-    assert rebuild(root, source, gates=gates)["unchanged"]
+def test_a_rebuild_goes_on_with_the_index_that_another_retrain_has_begun(place: Path) -> None:
+    def stop_before_the_index(stage: Stage) -> dict[str, Any]:
+        if isinstance(stage, Extension):
+            prepare(stage)
+            raise KeyboardInterrupt
+        return run_stage(stage)
+
+    for number in range(12):
+        paint(place / "source" / f"more-{number}.png", number)
+    root, source = place / "root", place / "source"
+    with pytest.raises(KeyboardInterrupt):
+        run_rebuild(make_rebuild(root, source, retrain=1.0), stop_before_the_index)
+    assert rebuild(root, source, retrain=0.0)["published"] == "v2"
+    assert "extends" in published_dataset(root).manifest("index")["info"]
 
 
-def test_an_index_that_would_outgrow_its_limit_is_trained_again(
-        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "source").mkdir()
-    words = ["rebuild", "some", "--source", str(tmp_path / "source"), "--root", str(tmp_path / "root"), "--local"]
-    for first, last in ((0, 77), (77, 103)):  # a quarter more, which is too few for another training
-        for number in range(first, last):
-            paint(tmp_path / f"source/{number}.png", number)
-        with caplog.at_level(logging.INFO):
-            assert main(words) == 0
-    assert "the extended index would be larger than its limit" in caplog.text
-    assert Published.load(str(tmp_path / "root"), "some").version == "v2"
+def test_a_damaged_version_that_was_rolled_back_is_made_again(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root, source = place / "root", place / "source"
+    paint(source / "added.png", 1)
+    assert rebuild(root, source)["published"] == "v2"
+    (root / "datasets" / NAME / "v2/index/knn.index").unlink()
+    assert rollback(str(root), NAME, "v1") == {"dataset": NAME, "published": "v1", "rolled_back": "v2"}
+    assert "to undo this" not in caplog.text
+    assert rebuild(root, source)["published"] == "v3"
+    assert "v2 is unpublished and damaged" in caplog.text and len(vectors_by_content(published_dataset(root))) == len(
+        pictures(place))

@@ -337,7 +337,7 @@ def test_repair_and_gc_say_that_the_published_version_is_damaged(second: Path,
     for verb in (["repair"], ["gc", "--keep", "0", "--lease", "0"]):
         assert main([verb[0], NAME, *verb[1:], "--root", root]) == 1
         error = capsys.readouterr().err
-        assert "v2 is damaged: 1 files are missing or changed" in error
+        assert "v2 is damaged: 1 file missing or changed" in error
         assert f"hint: python -m jobs rollback {NAME} --to v1 --root {root}; or " in error
     assert main(["rollback", NAME, "--root", root]) == 0
     assert published_dataset(root).version == "v1"

@@ -67,6 +67,8 @@ def test_hints_of_a_signed_dataset_name_the_key(signed: Path, keys: Path, caplog
     assert published_dataset(root).version == "v2"
     assert main(["forget", "--url", "added.png", "--root", root]) == 0
     assert f"python -m jobs rebuild {NAME} --source SOURCE --sign KEYFILE --root" in capsys.readouterr().out
+    assert main(["rm", NAME, "--root", root]) == 2
+    assert f"python -m jobs rm {NAME} --published --sign KEYFILE --root" in capsys.readouterr().err
 
 
 def test_publishing_a_signed_dataset_needs_the_key(signed: Path, monkeypatch: pytest.MonkeyPatch,
