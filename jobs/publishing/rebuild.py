@@ -231,7 +231,7 @@ class Rebuild:
         build_index(whole, seal)
 
     def _begun_index(self, whole: Index) -> str:
-        """What was planned: a `whole` index that is trained from the start, or one `extended`; "" if there is no plan."""
+        """How an index was planned: `whole` (trained from the start) or `extended`; "" without a plan."""
         plan = storage.join(whole.folder, "plan.json")
         inputs = check_plan(storage.read_json(plan), plan)["inputs"] if storage.exists(plan) else None
         return "" if inputs is None else "extended" if "base" in inputs else "whole"

@@ -138,7 +138,7 @@ def _value(node: ast.AST) -> str:
     if "hint" in code.lower() or "_CONVERT" in code:
         return "HINT"
     names = [name for name in re.findall(r"[A-Za-z_]\w*", re.sub(r"'[^']*'", "", code)) if name not in _NO_NAMES]
-    if names[-1:] == ["sign_option"]:
+    if any(name.endswith("sign_option") for name in names):
         return " [--sign KEYFILE]"
     return names[-1].strip("_").upper().replace("_", " ") if names else "VALUE"
 
