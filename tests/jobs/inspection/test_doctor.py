@@ -22,7 +22,7 @@ _CHECKS = ["packages", "devices", "Ray", "root", "disk", "memory", "clock", "por
 def test_doctor_finds_no_fault_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     began = time.monotonic()
     code = main(["doctor", "--root", str(tmp_path / "new"), "--json"])
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60  # even if Ray starts slowly on a busy machine, as the docs say
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
     assert list(checks) == _CHECKS
     failed = [name for name, check in checks.items() if check["state"] == "failed"]

@@ -134,7 +134,7 @@ def test_a_rebuild_replaces_a_damaged_version(place: Path, lost: str, caplog: py
 def test_if_no_version_is_whole_the_newest_is_named_and_replaced(place: Path) -> None:
     pointer(place).unlink()
     (place / "root" / "datasets" / NAME / "v1" / "index" / "manifest.json").unlink()
-    with pytest.raises(StageFailed, match="no published version of drawn is whole; v1 is the newest: 1 files are"):
+    with pytest.raises(StageFailed, match="no published version of drawn is whole; v1 is the newest: 1 file missing"):
         repair(str(place / "root"), NAME)
     assert rebuild(place / "root", place / "source")["published"] == "v2"
 
