@@ -117,12 +117,14 @@ class Root:
 
         `batches.at(step)` is a dict of arrays: image (B, H, W, 3) uint8, neighbors (B, k, D) float16, rows (B,) int64.
         `batch_size` is B. `image_size` is the side H = W of the images in pixels; 0: as they are stored. ValueError if
-        the neighbors are missing.
+        the neighbors are missing, or were made from other shards than the dataset has now.
         """
         from pipeline.batches.batches import Batches
         from pipeline.releases.published import open_dataset
-        return Batches(open_dataset(self.address, dataset), open_dataset(self.address, database or dataset), k=k,
-                       global_batch=batch_size, seed=seed, size=image_size)
+        images, source = open_dataset(self.address, dataset), open_dataset(self.address, database or dataset)
+        for owner, stage_name in ((images, "shards"), (images, f"neighbors/{source.label}"), (source, "embeddings")):
+            owner.identity(stage_name)
+        return Batches(images, source, k=k, global_batch=batch_size, seed=seed, size=image_size)
 
 
 def open_root(address: str) -> Root:

@@ -253,6 +253,8 @@ def _touched(dataset: Dataset, rows: list[tuple[int, dict[str, Any]]], fresh: in
             "keys": [row["key"] for _, row in rows][:20],
             "rebuilt": release_files.has_release(dataset) or storage.exists(
                 storage.join(dataset.root, dataset.path("rebuild.json"))),
+            "follow": [verb for stage_name, verb in (("embeddings", "embed"), ("index", "index"))
+                       if dataset.is_sealed(stage_name)],
             "adopted": bool(dataset.manifest("shards").get("section", {}).get("adopted")),
             "neighbors": [consumer for consumer in used if consumer.startswith("datasets/")],
             "runs": [consumer for consumer in used if consumer.startswith("runs/")]}
@@ -295,10 +297,11 @@ def _ways_to_remove(root: str, entries: Sequence[Mapping[str, Any]]) -> list[str
     lines = [fit_commands(f"  to remove the bytes: python -m jobs rebuild {name} --source SOURCE{sign_option} && "
                           f"python -m jobs gc {name} --keep 1 --lease 0")
              for name in names for sign_option in [find_sign_option(root, name)]]
-    for label, adopt in ((entry["dataset"], " --adopt" * entry["adopted"])
-                         for entry in entries if not entry["rebuilt"]):
+    for entry in (entry for entry in entries if not entry["rebuilt"]):
+        label, adopt = entry["dataset"], " --adopt" * entry["adopted"]
+        follow = "".join(f" && python -m jobs {verb} {label} --overwrite" for verb in entry["follow"])
         lines += [f"  to remove the bytes of {label}, which rebuild did not make: remove the images from its source;",
-                  fit_commands(f"    then python -m jobs shard {label} --source SOURCE{adopt} --overwrite; "
+                  fit_commands(f"    then python -m jobs shard {label} --source SOURCE{adopt} --overwrite{follow}; "
                                f"or, to remove the version: python -m jobs rm datasets/{label.replace('@', '/')}")]
     return lines
 

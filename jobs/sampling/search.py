@@ -87,9 +87,15 @@ class Match:
 
 
 def search_databases(databases: Sequence[Dataset], query: SearchQuery, encoder: ClipConfig, count: int) -> list[Match]:
-    """The `count` nearest samples of all databases, nearest first. Samples that the query names are left out."""
+    """The `count` nearest samples of all databases, nearest first. Samples that the query names are left out.
+
+    ValueError if a stage of a database was made from other shards than it has now: its rows would be other images.
+    """
     if count < 1:
         raise ValueError(f"count = {count}: must be at least 1\nhint: --count 10")
+    for database in databases:
+        for stage_name in ("shards", "embeddings", "index"):
+            database.identity(stage_name)
     known = {database.label: database for database in databases}
     named = [_find_sample(known, databases[0], text) for text in query.like]
     vector = _query_vector(databases, query, encoder, named)

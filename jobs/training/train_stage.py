@@ -86,7 +86,7 @@ class Training(Stage):
 
     @property
     def alternative(self) -> str:
-        return "give the run another name"
+        return "repeat the settings of the run, or give it another name"
 
     def section(self) -> dict[str, Any]:
         size = self.job.config.image_size or int(decode_pixels(samples(self.job.dataset, [0])[0].picture).shape[0])

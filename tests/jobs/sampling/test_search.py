@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jobs.api import open_root
 from jobs.cli.main import main
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig
+from tests.pipeline import synthetic
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +97,32 @@ def test_an_invalid_query_is_a_sentence(
         words: list[str], sentence: str, databases: list[Dataset], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", "flat", *words, "--root", databases[0].root]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_vectors_of_other_shards_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, place = tmp_path / "source", ["--root", str(tmp_path / "root")]
+    source.mkdir()
+    for seed in range(8):
+        synthetic.noise(32, 32, seed).save(source / f"{seed}.png")
+    shard = ["shard", "a", "--source", str(source), "--image-size", "32", "--local", *place]
+    assert main(shard) == 0
+    for verb in ("embed", "index", "neighbors"):
+        assert main([verb, "a", "--local", *place]) == 0
+    assert main(["search", "a", "red", *place]) == 0
+    capsys.readouterr()
+    assert main(["forget", "--url", "0.png", *place]) == 0
+    root = " ".join(place)
+    assert (f"python -m jobs shard a@v1 --source SOURCE --overwrite {root} && "
+            f"python -m jobs embed a@v1 --overwrite {root} && "
+            f"python -m jobs index a@v1 --overwrite {root}; or") in capsys.readouterr().out
+    (source / "0.png").unlink()
+    assert main([*shard, "--overwrite"]) == 0
+    capsys.readouterr()
+    for query in (["red"], ["--like", "0000000000"]):
+        assert main(["search", "a", *query, *place]) == 2
+        assert "is stale: shards changed since" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is stale"):
+        open_root(str(tmp_path / "root")).batches("a")
+    assert main(["embed", "a", "--overwrite", "--local", *place]) == 0
+    assert main(["index", "a", "--overwrite", "--local", *place]) == 0
+    assert main(["search", "a", "red", *place]) == 0
