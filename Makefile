@@ -19,10 +19,10 @@ demo: setup  ## run every stage on real images, and write a report
 	@case :$$PATH: in *:"$(CURDIR)/$(BIN)":*) ;; *) echo 'to type these commands: . $(BIN)/activate';; esac
 
 test: setup lint  ## what every change must pass
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu and not fuzz" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not fuzz" tests
 
 test-all: setup lint  ## with the slow and the GPU tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not fuzz" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not fuzz" tests
 
 fuzz: setup  ## read damaged files of every format for ten minutes (FUZZ_SECONDS=...); to run every night
 	$(BIN)/python -m pytest -m fuzz tests/fuzz

@@ -22,7 +22,6 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # started with nohup: the
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Before anything imports Ray or wandb: both write into the home folder.
-_TESTS = Path(__file__).parent
 _HOME = tempfile.mkdtemp(prefix="rdm-tests-home-")
 os.environ.update(HOME=_HOME, WANDB_MODE="disabled", RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0",
                   RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5", RDM_CACHE=f"{_HOME}/cache",
@@ -42,14 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests that need a GPU where GPUs are hidden. Only one process of several starts the Ray cluster.
-
-    The other tests of a file stay together, because they share fixtures.
-    """
-    for item in items if config.getoption("loadgroup", False) else ():
-        in_cluster = "cluster" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("cluster" if in_cluster else str(item.path.relative_to(_TESTS))))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests that need a GPU where GPUs are hidden."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         for item in items:
             if item.get_closest_marker("gpu"):

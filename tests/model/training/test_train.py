@@ -194,8 +194,7 @@ def test_waiting_for_data_is_logged(tmp_path):
 
     _, records = _run(toy_run.config(steps=6, log_every=3), tmp_path / "slow", batch_at=slow)
     first, last = records
-    waited = last["data_wait"] * (last["seconds"] - first["seconds"])
-    assert 2.5 * pause < waited < last["seconds"] - first["seconds"]
+    assert 0.5 < last["data_wait"] < 1 and last["seconds"] - first["seconds"] > 3 * pause
 
 
 def test_validation_sees_the_averaged_network_and_changes_nothing(tmp_path):
