@@ -48,6 +48,12 @@ def is_run_name(text: str) -> bool:
     return bool(_NAME.fullmatch(text)) and len(text) <= MOST_LETTERS
 
 
+def _find_lost_step(info: dict[str, Any], steps: list[int]) -> int | None:
+    """The last step of a sealed run, if none of the `steps` with a checkpoint reaches it. `info` is of its manifest."""
+    last = info.get("steps", info.get("step"))
+    return last if "checkpoint" in info and last is not None and max(steps, default=-1) < last else None
+
+
 @dataclass(frozen=True)
 class Run:
     """The address of a training run."""
@@ -99,22 +105,21 @@ class Run:
 
     def is_finished(self) -> bool:
         """Whether the run was trained to its last step, imported or converted. More steps make it unfinished."""
-        if not storage.exists(storage.join(self.folder, "manifest.json")):
+        if (info := self._sealed_info()) is None or _find_lost_step(info, steps := self.steps()) is not None:
             return False
-        if self.lost_step() is not None:
-            return False
-        finished = read_manifest(self.folder, self.command)["info"].get("steps")
-        newest = self.steps()[-1:]
-        return finished is None or not newest or newest[0] <= finished or newest[0] >= self.config(newest[0])["steps"]
+        finished = info.get("steps")
+        return finished is None or not steps or steps[-1] <= finished or steps[-1] >= self.config(steps[-1])["steps"]
 
     def lost_step(self) -> int | None:
         """The step of the last checkpoint of a sealed run, if neither it nor a later one is there. None otherwise."""
+        info = self._sealed_info()
+        return None if info is None else _find_lost_step(info, self.steps())
+
+    def _sealed_info(self) -> dict[str, Any] | None:
         try:
-            info = read_manifest(self.folder, self.command)["info"]
+            return read_manifest(self.folder, self.command)["info"]
         except NotSealed:
             return None
-        last = info.get("steps", info.get("step"))
-        return last if "checkpoint" in info and last is not None and max(self.steps(), default=-1) < last else None
 
     def validated(self, step: int) -> str:
         """The URL of the images of a validation."""
@@ -223,9 +228,7 @@ class Run:
 
     def refuse_replaced(self, step: int) -> None:
         """DamagedFile if the run was sealed at this step with another checkpoint."""
-        try:
-            info = read_manifest(self.folder, self.command).get("info", {})
-        except NotSealed:
+        if (info := self._sealed_info()) is None:
             return
         expected, got = info.get("checkpoint"), self.checkpoint(step)["content"]
         if step == info.get("steps", info.get("step")) and expected not in {None, got}:
