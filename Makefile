@@ -27,7 +27,7 @@ test-all: setup lint  ## with the slow and the GPU tests
 fuzz: setup  ## read damaged files of every format for ten minutes (FUZZ_SECONDS=...); to run every night
 	$(BIN)/python -m pytest -m fuzz tests/fuzz
 
-gpu:  ## measure everything on this machine's GPU, at most nine minutes; needs torch, but not make setup
+gpu:  ## measure everything on this machine's GPU, at most ten minutes; needs torch, but not make setup
 	$(GPU_PYTHON) tests/bench/gpu.py $(GPU_OPTIONS)
 
 lint: setup policy  ## style, layers and types, and policy

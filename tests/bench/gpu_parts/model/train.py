@@ -47,7 +47,7 @@ def _small(report: Report) -> TrainConfig:
                    random_k=False, k=_K)
 
 
-def _batches(config: TrainConfig, side: int) -> Callable[[int], dict[str, np.ndarray]]:
+def random_batches(config: TrainConfig, side: int) -> Callable[[int], dict[str, np.ndarray]]:
     """Eight random batches, repeated: latents, or images if the network takes those."""
     rng = np.random.default_rng(0)
     unet, count = config.unet, config.global_batch
@@ -70,7 +70,7 @@ def _train(config: TrainConfig, report: Report, side: int, *, save: Any = None, 
            ) -> list[dict[str, Any]]:
     """Train on random batches; the log."""
     log: list[dict[str, Any]] = []
-    train(config, _batches(config, side), device=report.device, save=save or (lambda step, write: None),
+    train(config, random_batches(config, side), device=report.device, save=save or (lambda step, write: None),
           log=log.append, resume=resume)
     return log
 
