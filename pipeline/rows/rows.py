@@ -16,6 +16,8 @@ from pipeline.tables.cells import json_cell, replace_surrogates
 LICENSE, NO_LICENSE, TAKEDOWN = "filtered_by_license", "filtered_without_license", "filtered_by_takedown"
 BAD_ROW = "bad_row"
 """The reason of a row that cannot be read, and so has no columns that a filter could look at."""
+NOT_IN_FOLDER = "named in the captions, not in the folder"
+"""What the ledger says of an image that a table of captions names, and that is not in the folder."""
 
 _SIGNS_OF_URLS = ("//", ":/", "\\")
 

@@ -22,7 +22,8 @@ HASH_COLUMNS = {"pixel_sha256": pa.string(), "phash": pa.uint64(), "mean_colour"
 IMAGE_COLUMNS = {"image_offset": pa.int64(), "image_bytes": pa.int64()}
 """The place of a sample's encoded image in the tar, in bytes. Parquet files of version 0.1 do not have them."""
 SUCCESS, NOT_FETCHED, NOT_USABLE = "success", "failed_to_download", "failed_to_resize"
-FORGOTTEN = "forgotten"
+FORGOTTEN, MISSING = "forgotten", "missing"
+"""Statuses that only the listing of a version has: on the takedown list; named in the captions, not in the folder."""
 _KINDS = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64(), "bytes": pa.binary()}
 
 

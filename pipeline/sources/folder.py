@@ -24,7 +24,17 @@ from pipeline.media.types import SUFFIXES, BadImage
 from pipeline.rows import img2dataset
 from pipeline.rows.column_names import find_caption_columns, is_more_than_caption
 from pipeline.rows.column_types import ColumnTypes
-from pipeline.rows.rows import BAD_ROW, Part, ReadReport, Row, hashable_cells, json_cells, read_rows, write_rows
+from pipeline.rows.rows import (
+    BAD_ROW,
+    NOT_IN_FOLDER,
+    Part,
+    ReadReport,
+    Row,
+    hashable_cells,
+    json_cells,
+    read_rows,
+    write_rows,
+)
 from pipeline.sources.captions import CaptionTables, names_by_stem
 from pipeline.sources.folder_files import FolderFiles, count_text, sort_files, stem_of, suffix_of, usual_accents
 from pipeline.sources.source import Source
@@ -67,7 +77,7 @@ class FolderSource(Source):
         return super().__getstate__() | {"_listed_rows": None, "_listed": None, "_layout": None, "_layout_columns": {}}
 
     def count_files(self) -> int:
-        return sum(row.missing != _NOT_LISTED and not row.reason for row in self._rows())
+        return sum(row.missing != NOT_IN_FOLDER and not row.reason for row in self._rows())
 
     def identity(self) -> str:
         digest = hashlib.sha256()
@@ -218,7 +228,7 @@ class FolderSource(Source):
             derived = {key: cell for key, cell in folder_cells(self._layout, file).items() if key not in columns}
             self._layout_columns[number] = set(derived)
             columns |= derived
-        problem = _NOT_LISTED if file is None else "a link that leads nowhere" if files.images[file] is None else ""
+        problem = NOT_IN_FOLDER if file is None else "a link that leads nowhere" if files.images[file] is None else ""
         return Row(number, file or name, caption, columns, remarks=remarks, caption_file=caption_file,
                    later_caption_file=later_caption_file, json_file=json_file, missing=problem)
 
@@ -255,7 +265,6 @@ def _report_ignored(folder: str, counts: str) -> None:
 
 
 _EMPTY_CAPTION = "caption_missing: the table has an empty text"
-_NOT_LISTED = "named in the captions, not in the folder"
 
 
 def _read_text(url: str) -> tuple[str, list[str]]:

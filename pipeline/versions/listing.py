@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.formats import parquet
-from pipeline.rows.rows import hashable_cells
+from pipeline.rows.rows import NOT_IN_FOLDER, hashable_cells
 from pipeline.shards import metadata
 
 LISTING, DEAD = "listing.parquet", "dead.txt"
@@ -77,12 +77,18 @@ def _listing_of(version: Dataset, record: dict[str, Any]) -> pa.Table:
     marks = [storage.digest([row["url"], row["caption"] or "", hashable_cells({name: row[name] for name in others}),
                              "", "", 0])
              for row in table.select(["url", "caption", *others]).take(first).to_pylist()]
-    about = table.select(["original_sha256", "source_row", "status"]).take(telling)
+    about = table.select(["original_sha256", "source_row", "status", "error_message"]).take(telling)
     count = len(first)
     return pa.table([table["url"].take(first), pa.array(marks, pa.string()),
                      pa.array([UNKNOWN_STAMP] * count, pa.string()), pc.fill_null(about["original_sha256"], ""),
-                     pa.array([record["id"]] * count, pa.string()), about["source_row"], about["status"]],
+                     pa.array([record["id"]] * count, pa.string()), about["source_row"], row_statuses(about)],
                     schema=LISTING_SCHEMA)
+
+
+def row_statuses(table: pa.Table) -> pa.ChunkedArray:
+    """The statuses of rows in a listing, from their `status` and `error_message` in the metadata."""
+    messages = pc.fill_null(table["error_message"], "")
+    return pc.if_else(pc.ends_with(messages, f": {NOT_IN_FOLDER}"), metadata.MISSING, table["status"])
 
 
 def rows_of_source(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:

@@ -28,6 +28,7 @@ from pipeline.versions.listing import (
     map_in_order,
     read_metadata,
     reference,
+    row_statuses,
     rows_of_source,
     succeeded_rows,
     wide,
@@ -219,7 +220,7 @@ class Update(Shard):
         left_out = pc.starts_with(pc.fill_null(table["error_message"], ""), f"{FORGOTTEN}:")
         return pa.table([table["source_row"], pc.fill_null(table["original_sha256"], ""),
                          pa.array([record["id"]] * table.num_rows, pa.string()), table["source_row"],
-                         pc.if_else(left_out, FORGOTTEN, table["status"])], _FILLED.names).cast(_FILLED)
+                         pc.if_else(left_out, FORGOTTEN, row_statuses(table))], _FILLED.names).cast(_FILLED)
 
 
 def _named_rows(table: pa.Table) -> tuple[list[str], list[str], list[int]]:
