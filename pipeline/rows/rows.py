@@ -17,7 +17,7 @@ LICENSE, NO_LICENSE, TAKEDOWN = "filtered_by_license", "filtered_without_license
 BAD_ROW = "bad_row"
 """The reason of a row that cannot be read, and so has no columns that a filter could look at."""
 NOT_IN_FOLDER = "named in the captions, not in the folder"
-"""What the ledger says of an image that a table of captions names, and that is not in the folder."""
+"""The words of the ledger for an image without a file."""
 
 _SIGNS_OF_URLS = ("//", ":/", "\\")
 

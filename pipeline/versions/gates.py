@@ -124,8 +124,8 @@ def recall(dataset: Dataset) -> float | None:
 def _failed(listing: pa.Table, old: pa.Table, config: GatesConfig) -> Gate:
     """The share of rows without a sample.
 
-    A row of the captions whose image is not in the folder counts only the first time: if the published version had
-    the image, it was removed, and if that version missed it too, it was accepted.
+    A row of the captions whose image is not in the folder counts only if the published version does not know it.
+    An image of that version was removed. A row that it missed too was accepted.
     """
     good = pc.is_in(listing["status"], value_set=pa.array([SUCCESS, FORGOTTEN], pa.large_string()))
     known = old["name"].filter(pc.is_in(old["status"], value_set=pa.array([SUCCESS, MISSING], pa.large_string())))
