@@ -1,5 +1,6 @@
 """Remove images from every database: hide them immediately, drop their bytes in the next version, keep them out."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -134,15 +135,18 @@ def apply_takedowns(root: str, unreadable: Unread, wanted: Forgotten | None = No
     `unreadable` gets the versions that cannot be read, or where nothing can be hidden. The list counts as applied: if
     such a published version is restored, searches refuse it until `repair` hides its rows.
     """
+    count = takedown_list.count_requests(root)[0]  # first: the list can grow meanwhile
     listed, touched = takedown_list.read_takedowns(root), []
-    count = takedown_list.count_requests(root)[0]
     there = _sealed_datasets(root, unreadable)
     for dataset in there:
+        content = ""  # as if of no shards, so readers compare all rows
+        with contextlib.suppress(*takedowns.READ_ERRORS):
+            content = takedowns.shards_content(dataset)
         rows, fresh = _read_rows(dataset, listed.has, unreadable), 0
         through = 0 if _full_label(dataset) in unreadable else count  # some of its rows are not known
         try:
             if rows or through:
-                fresh = takedowns.hide_rows(dataset, [row for row, _ in rows], through)
+                fresh = takedowns.hide_rows(dataset, [row for row, _ in rows], through, content)
         except PermissionError as error:
             unreadable.note(_full_label(dataset), error)
             continue

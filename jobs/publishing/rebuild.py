@@ -276,7 +276,7 @@ class Rebuild:
                 _log.info("rebuild: another command published %s: %s is older and is not published", before.version,
                           dataset.version)
                 return {"published": before.version, "superseded": dataset.version}
-            self._hide_forgotten(dataset)  # or each gate compares all rows with the takedown list, and says so
+            takedowns.apply_list(dataset)  # or each gate compares all rows with the takedown list, and says so
             results, texts = self.judge(dataset, before)
             for gate in results:
                 _log.info("gate %s%s", gate, "" if gate.passed else "  FAILED")
@@ -288,7 +288,7 @@ class Rebuild:
                                   f"{'; '.join(map(str, failed))}: {kept}\nhint: check the source; if the version is "
                                   f"right, {' and '.join(gate.cure for gate in failed)}")
             shards = dataset.manifest("shards")
-            hidden = self._hide_forgotten(dataset)  # first: a version with a release must hide its rows
+            hidden = takedowns.apply_list(dataset)  # first: a version with a release must hide its rows
             data = release_files.write_release(dataset, {
                 "number": number, "base": before.version or None, "source": self.source.digest,
                 "samples": shards["totals"]["samples"] - shards["info"].get("dead", 0),
@@ -297,15 +297,6 @@ class Rebuild:
                 "change": shards["info"]["change"], "gates": [gate.document() for gate in results]})
             if before.publish(dataset, data, number, **hidden):
                 return {"published": dataset.version, "gates": {gate.name: gate.value for gate in results}}
-
-    def _hide_forgotten(self, dataset: Dataset) -> dict[str, Any]:
-        """Hide images that were forgotten after the shards were made. Returns the takedown fields of the pointer."""
-        listed = takedown_list.describe_list(self.root)
-        if not listed["requests"]:
-            return {}
-        rows = takedowns.find_rows(dataset, takedown_list.read_takedowns(self.root))
-        takedowns.hide_rows(dataset, [row for row, _ in rows], listed["requests"])
-        return {"takedowns": listed["requests"], "takedown_list": listed}
 
     def unchanged(self, dataset: Dataset, diff: SourceDiff) -> bool:
         """Whether the published version holds all of the source already.

@@ -36,6 +36,7 @@ from pipeline.sources.tars import (
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output, StageFailed
 from pipeline.tables.cells import replace_surrogates
+from pipeline.takedowns import takedowns
 
 
 class Adopt(Stage):
@@ -91,6 +92,9 @@ class Adopt(Stage):
         for number, address in enumerate(self.addresses()):
             yield Item(f"{number:06d}", {"tar": address, "first": number * STEP, "types": name},
                        () if number else ((name, data),))
+
+    def after_seal(self) -> None:
+        takedowns.apply_list_to_new(self.dataset)
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         if not any(record["samples"] for record in records):

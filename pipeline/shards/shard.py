@@ -27,6 +27,7 @@ from pipeline.stages.records import infos, totals
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import NO_ROW_REASONS, Entry, Item, Output, StageFailed
 from pipeline.storage import name_by_content
+from pipeline.takedowns import takedowns
 
 # The location of the images and the way of fetching them do not change the result.
 _IGNORED_SETTINGS = {"source", "captions", "sources"}
@@ -210,6 +211,10 @@ class Shard(Stage):
         there = storage.join(self.base.folder("shards"), stats)
         return Output(record["samples"], files, info=record["info"], counts=(record["skipped"], record["noted"]),
                       run_files={stats: storage.read_bytes(there)} if storage.exists(there) else {})
+
+    def after_seal(self) -> None:
+        if self.folder == self.dataset.folder("shards"):
+            takedowns.apply_list_to_new(self.dataset)
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         counts, sums = totals(records), Counter[str]()

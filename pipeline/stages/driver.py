@@ -236,7 +236,9 @@ class _Run:
         for name in storage.list_files(self.folder):
             storage.remove(storage.join(self.folder, name))
         self.tally.clear()
-        return seal_stage(self.stage, self.items, self._records(), self.tally.retired)
+        manifest = seal_stage(self.stage, self.items, self._records(), self.tally.retired)
+        self.stage.after_seal()
+        return manifest
 
     def _show(self, watch: Callable[[Tally], None]) -> None:
         self.tally.look(quick=True)

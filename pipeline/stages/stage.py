@@ -129,6 +129,9 @@ class Stage(ABC):
         """Files and facts that need all items, for the manifest."""
         return Output()
 
+    def after_seal(self) -> None:  # noqa: B027 (most stages have nothing to do)
+        """What the driver does once the manifest is written."""
+
 
 def fingerprint(stage: Stage, inputs: dict[str, dict[str, Any]] | None = None) -> str:
     """Hash of format version, stage name, settings and inputs: who may write into a folder."""

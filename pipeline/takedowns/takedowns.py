@@ -7,8 +7,8 @@ these images and their metadata.
 
 A removed file must not bring images back. So the list counts the requests that all datasets have applied. The file of
 a version names the last request that it has applied, the shards that its rows are of, and a hash. The pointer of a
-published dataset names the least count. If `shard` makes a dataset after a request, or makes it again, no file fits
-it. Its readers compare the list with all rows.
+published dataset names the least count. `shard` writes the file of a dataset that it makes. As long as no file fits the
+shards, their readers compare the list with all rows.
 """
 
 import logging
@@ -26,9 +26,11 @@ from pipeline.takedowns.takedown_list import (
     Forgotten,
     change_document,
     count_copies,
+    describe_list,
     hash_requests,
     parse_list,
     read_document,
+    read_takedowns,
 )
 
 _log = logging.getLogger(__name__)
@@ -78,12 +80,36 @@ def find_matching_rows(dataset: Dataset, wanted: Callable[[dict[str, Any]], bool
     return rows
 
 
-def hide_rows(dataset: Dataset, rows: list[int], through: int) -> int:
+def apply_list(dataset: Dataset) -> dict[str, Any]:
+    """Hide the rows of the whole takedown list in one dataset. Returns the fields of a pointer; {} without requests."""
+    listed = describe_list(dataset.root)  # first: the list can grow meanwhile
+    if not listed["requests"]:
+        return {}
+    content = shards_content(dataset)
+    rows = find_rows(dataset, read_takedowns(dataset.root))
+    hide_rows(dataset, [row for row, _ in rows], listed["requests"], content)
+    return {"takedowns": listed["requests"], "takedown_list": listed}
+
+
+def apply_list_to_new(dataset: Dataset) -> None:
+    """`apply_list` for shards that were made just now. Without it each reader would compare all rows with the list.
+
+    A list that cannot be read is only a warning: the readers refuse it.
+    """
+    try:
+        apply_list(dataset)
+    except (ValueError, OSError) as error:
+        _log.warning("%s: the takedown list was not applied: %s", dataset.label, storage.first_line(error))
+
+
+def hide_rows(dataset: Dataset, rows: list[int], through: int, content: str | None = None) -> int:
     """Hide these rows from searches from now on; how many more these are than before.
 
     `through`: the rows are those of the first so many requests of the list.
+    `content`: the `shards_content` before the rows were looked for; None: that of now. If `shard` made others
+    meanwhile, the file does not fit them, and readers compare all rows.
     """
-    before, content = 0, _shards_content(dataset)
+    before, content = 0, shards_content(dataset) if content is None else content
 
     def grown(document: dict[str, Any]) -> dict[str, Any]:
         nonlocal before
@@ -109,7 +135,7 @@ def read_forgotten_rows(dataset: Dataset) -> np.ndarray:
     required = _required_requests(dataset, listed, through)
     if not document and not required and not parse_list(listed):
         return np.array([], np.int64)
-    content = _shards_content(dataset)
+    content = shards_content(dataset)
     if through >= required and document.get("digest") == _digest(rows, through, content):
         return np.array(rows, np.int64)
     samples = dataset.manifest("shards")["totals"]["samples"]
@@ -126,7 +152,7 @@ def read_forgotten_rows(dataset: Dataset) -> np.ndarray:
 def read_stored_rows(dataset: Dataset) -> np.ndarray:
     """The rows that the file of a version hides, ascending (T,) int64; DamagedFile if it was changed."""
     document = read_document(_address(dataset))[1]
-    rows, through, content = document.get("rows", []), document.get("through", 0), _shards_content(dataset)
+    rows, through, content = document.get("rows", []), document.get("through", 0), shards_content(dataset)
     expected = {"shards": content, "digest": _digest(rows, through, content)}
     if any(document.get(name, value) != value for name, value in expected.items()):
         raise DamagedFile(f"{_address(dataset)} was changed, or is of other shards\n"
@@ -154,7 +180,7 @@ def _required_requests(dataset: Dataset, listed: dict[str, Any], through: int) -
     return required
 
 
-def _shards_content(dataset: Dataset) -> str:
+def shards_content(dataset: Dataset) -> str:
     """The hash of the shards that rows are counted in; "" if they are not sealed."""
     return dataset.manifest("shards")["content"] if dataset.is_sealed("shards") else ""
 

@@ -160,7 +160,7 @@ class SourceDiff:
 
 def _read_source(source: Source, forgotten: Forgotten, lines: BinaryIO, reading: ReadReport) -> pa.Table:
     """The columns of all rows of a source; each row goes to `lines`. A mark is that of the first row of its name."""
-    stamps = storage.list_stamps(source.base) if source.fetch == "file" else {}  # type: ignore[attr-defined]
+    stamps = _list_stamps(source.base) if source.fetch == "file" else {}  # type: ignore[attr-defined]
     tables, number = [_SOURCE_SCHEMA.empty_table()], 0
     for rows in groups(_source_rows(source, reading), _PIECE_ROWS):
         cells: list[tuple[str, str, str | None, str | None, str, bool, int]] = []
@@ -182,6 +182,13 @@ def _read_source(source: Source, forgotten: Forgotten, lines: BinaryIO, reading:
             tables.append(pa.table([pa.array(column, field.type) for column, field in
                                     zip(zip(*cells, strict=True), _SOURCE_SCHEMA, strict=True)], _SOURCE_SCHEMA))
     return pa.concat_tables(tables)
+
+
+def _list_stamps(folder: str) -> dict[str, str]:
+    try:
+        return storage.list_stamps(folder)
+    except FileNotFoundError:
+        raise ValueError(f"there is no folder {folder}") from None
 
 
 def _texts_differ(stamps: pa.ChunkedArray, before: pa.ChunkedArray) -> np.ndarray:

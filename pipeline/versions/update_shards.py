@@ -75,6 +75,9 @@ class Update(Shard):
                 self.last.manifest("shards")["content"], hidden_rows.read_hidden_rows(self.last).tolist()])}
         return inputs
 
+    def after_seal(self) -> None:
+        """Nothing: the rebuild applies the takedown list before it publishes."""
+
     def plan(self) -> Iterator[Item]:
         first_new = 0
         if self.last:

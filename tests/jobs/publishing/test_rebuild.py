@@ -324,6 +324,8 @@ def test_unusual_commands_have_clear_results(place: Path, capsys: pytest.Capture
     root, source = str(place / "root"), place / "source"
     (source / "cut.png").write_bytes(pictures(place)[0].read_bytes()[:200])
     assert rebuild(root, source)["added"] == 1
+    assert main(["rebuild", NAME, "--source", f"{place}/absent/*.png", "--root", root, "--local"]) == 2
+    assert f"error: there is no folder {place}/absent\n" in capsys.readouterr().err
     for _ in range(2):  # what cannot be read is no change, however thoroughly it is looked at
         assert rebuild(root, source, thorough=True)["unchanged"]
     assert main(["rollback", NAME, "--root", root]) == 0

@@ -14,7 +14,7 @@ from jobs.cli.main import main
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 from pipeline.storage import DamagedFile
-from pipeline.takedowns import hidden_rows, takedowns
+from pipeline.takedowns import hidden_rows, takedown_list, takedowns
 from tests.jobs.publishing.published_art import paint
 
 
@@ -84,6 +84,51 @@ def test_a_dataset_that_is_made_after_a_request_hides_the_image_under_any_name(h
     (hand / "source" / "c.png").rename(hand / "source" / "z.png")
     _shard(hand, "other")
     assert _hidden(hand, "other") == ["z.png"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--adopt",), ("--duplicates", "exact"), ("--retry-failed",)])
+def test_readers_of_a_dataset_that_is_made_after_a_request_do_not_compare_all_rows(
+        hand: Path, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(takedowns, "_SLOW", set())
+    root, source = str(hand / "root"), hand / "source"
+    if flags == ("--adopt",):
+        tars = hand / "tars"
+        shutil.copytree(hand / "root/datasets/hand/v1/shards", tars, ignore=shutil.ignore_patterns("*.json", "rows"))
+        source = tars
+    name = "hand" if flags == ("--retry-failed",) else "other"
+    if name == "hand":
+        (source / "bad.png").write_bytes(b"no picture")
+        _shard(hand, "hand", "--overwrite")
+    size = () if flags == ("--adopt",) else ("--image-size", "32")
+    assert main(["shard", name, "--source", str(source), *size, *flags, "--local", "--root", root]) == 0
+    made = f"{name}@v2" if flags == ("--retry-failed",) else name
+    assert _hidden(hand, made) == ["c.png"]
+    assert "compares all" not in caplog.text
+
+
+def test_rows_that_were_found_in_earlier_shards_are_not_taken_for_those_of_the_new(hand: Path) -> None:
+    dataset = Dataset.parse(str(hand / "root"), "hand")
+    content = takedowns.shards_content(dataset)
+    os.remove(hand / "source" / "a.png")
+    _shard(hand, "hand", "--overwrite")  # while forget looks for the rows
+    takedowns.hide_rows(dataset, [2], 1, content)
+    assert _hidden(hand) == ["c.png"]
+
+
+def test_a_request_that_comes_during_another_is_not_taken_for_applied(hand: Path, monkeypatch: pytest.MonkeyPatch
+                                                                      ) -> None:
+    root, read = str(hand / "root"), takedown_list.read_takedowns
+
+    def read_while_another_is_killed(root: str) -> takedown_list.Forgotten:
+        listed = read(root)
+        monkeypatch.setattr(takedown_list, "read_takedowns", read)
+        takedown_list.add_takedowns(root, takedown_list.Forgotten(urls=frozenset({"e.png"})), "")
+        return listed
+
+    monkeypatch.setattr(takedown_list, "read_takedowns", read_while_another_is_killed)
+    assert main(["forget", "--url", "d.png", "--root", root]) == 0
+    assert _hidden(hand) == ["c.png", "d.png", "e.png"]
 
 
 def test_repair_does_not_end_well_while_hidden_rows_are_unknown(hand: Path, capsys: pytest.CaptureFixture[str]) -> None:
