@@ -130,7 +130,7 @@ class Stage(ABC):
         return Output()
 
     def after_seal(self) -> None:  # noqa: B027 (most stages have nothing to do)
-        """What the driver does once the manifest is written."""
+        """Work of the driver after the manifest is written."""
 
 
 def fingerprint(stage: Stage, inputs: dict[str, dict[str, Any]] | None = None) -> str:
