@@ -266,14 +266,17 @@ def _disagreement(stage: Stage, claimed: dict[str, Any], inputs: dict[str, Any])
             f"hint: {stage.alternative}{more}")
 
 
+_UNSET = object()
+
+
 def _differences(there: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     if isinstance(there, dict) and isinstance(now, dict):
         for key in sorted(there.keys() | now.keys()):
-            yield from _differences(there.get(key, "absent"), now.get(key, "absent"), f"{prefix}.{key}".strip("."))
+            yield from _differences(there.get(key, _UNSET), now.get(key, _UNSET), f"{prefix}.{key}".strip("."))
     elif there != now:
         yield prefix, _short(there), _short(now)
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = "not set" if value is _UNSET else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
