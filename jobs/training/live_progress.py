@@ -103,7 +103,7 @@ class TrainingView:
             if step > self._last:
                 self.show({"step": step, "of_steps": steps, "loss": line["loss"],
                            "rows_per_s": line["samples_per_s"], "seconds_left": None})
-        elif self._is_due(step == steps) or logs.current_format() == "json":
+        elif logs.current_format() == "json" or (step > self._last and self._is_due(step == steps)):
             self._last = step
             _log.info("train: step %d of %d, loss %.4f, %.0f samples/s", step, steps, line["loss"],
                       line["samples_per_s"], extra={"fields": line})

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.runs.run import Run
-from jobs.training.live_progress import RunProgress, read_run_progress
+from jobs.training.live_progress import RunProgress, TrainingView, read_run_progress
 from model.config import TrainConfig
 from tests.laws.terminal import run_on_screen
 
@@ -34,6 +34,19 @@ def test_a_damaged_progress_file_is_ignored(tmp_path: Path) -> None:
     for text in ("{", "[]", json.dumps({"step": 1})):
         (tmp_path / "runs/small/progress.json").write_text(text)
         assert read_run_progress(Run(str(tmp_path), "small")) is None
+
+
+@pytest.mark.parametrize("recorded_first", [True, False])
+def test_the_log_has_the_last_step_once(caplog: pytest.LogCaptureFixture, recorded_first: bool) -> None:
+    caplog.set_level("INFO")
+    view, step = TrainingView(), {"step": 40, "loss": 0.25, "samples_per_s": 8.0}
+    shown = {"step": 40, "of_steps": 40, "loss": 0.5, "rows_per_s": 8.0, "seconds_left": None}
+    for each in ("record", "show") if recorded_first else ("show", "record"):
+        if each == "record":
+            view.record(step, 40)
+        else:
+            view.show(shown)
+    assert caplog.text.count("step 40 of 40") == 1
 
 
 @pytest.mark.parametrize("columns", [40, pytest.param(80, marks=pytest.mark.slow)])
