@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.rows.rows import TAKEDOWN, ReadReport, Row, hashable_cells, parse_row, redact_cells, row_line
-from pipeline.shards.metadata import FORGOTTEN, SUCCESS
+from pipeline.shards.metadata import FORGOTTEN, MISSING, SUCCESS
 from pipeline.shards.transform import old_source_name, source_name
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.detect import open_source
@@ -65,7 +65,10 @@ class SourceDiff:
     count: int
     """Rows of the source."""
     counts: Counter[str]
-    """kept, added, changed, removed, forgotten: rows of the source; the last two: images of the last version."""
+    """kept, added, changed, removed, forgotten: rows of the source; the last two: images of the last version.
+
+    A row whose image was missing in the last version too is in none of them.
+    """
     listing_file: str
     filtered_by: Counter[str]
     """Rows that `--licenses` filtered, by LICENSE and NO_LICENSE, and those that the takedown list names, TAKEDOWN."""
@@ -116,10 +119,10 @@ class SourceDiff:
         refused = pa.array(sorted(self.forgotten.sha256), pa.large_string())
         left_out = same & (was_forgotten | _bools(pc.is_in(old["sha256"], value_set=refused)))
         kept = same & ~left_out
-        counts = _count_by_name(source["name"], _redact_names(before["name"]), same, _bools(source["missing"]),
-                                self.forgotten)
-        if kept.any():
-            counts["kept"] = int(kept.sum())
+        images = before["name"].filter(pc.not_equal(before["status"], MISSING))
+        counts = _count_by_name(source["name"], _redact_names(images), same, _bools(source["missing"]), self.forgotten)
+        if kept_images := int((kept & ~_bools(pc.equal(old["status"], MISSING))).sum()):
+            counts["kept"] = kept_images
         if left_out.any():  # those that were left out before were counted then
             counts["forgotten"] += int((left_out & ~was_forgotten).sum())
         listing = pa.table({

@@ -361,7 +361,10 @@ def test_missing_files_of_a_captions_table_count_as_removed(place: Path, caplog:
     assert "3 images that captions.csv names are not in the folder, the first is " in caplog.text
     caplog.clear()
     assert rebuild(place / "root", place / "source")["unchanged"]
-    assert "rows of the source of drawn since v2: 73 kept, 0 added, 0 changed, 0 removed" in caplog.text
+    assert "rows of the source of drawn since v2: 70 kept, 0 added, 0 changed, 0 removed" in caplog.text
+    captions.write_text("".join(line for line in captions.read_text().splitlines(keepends=True)
+                                if line.startswith("file") or (place / "source" / line.partition(",")[0]).exists()))
+    assert rebuild(place / "root", place / "source")["unchanged"]  # the same images
     assert "@v3" not in caplog.text
 
 
