@@ -87,8 +87,9 @@ def _render(root: RootContents, run: Run, folder: str, entries: list[dict[str, A
     rows = [(title, [(label, _tile(entry, data[entry["file"]], album)) for label, entry in tiles])
             for title, tiles in groups]
     accuracy, chance = _accuracy(root, run)
+    several = sum(bool(root.newest_samples(other)) for other in root.runs) > 1
     return render("best.html", run=run.name, rows=rows, steps=_steps(root, run), requests=len(by_request),
-                  accuracy=accuracy if accuracy >= 0 else None, chance=chance, several=len(root.runs) > 1)
+                  accuracy=accuracy if accuracy >= 0 else None, chance=chance, several=several)
 
 
 def _tile(entry: dict[str, Any], data: bytes | None, album: Album) -> InlineImage:

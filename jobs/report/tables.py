@@ -39,7 +39,7 @@ def headline(root: RootContents) -> Markup | None:
         kept = sum(manifest["totals"]["samples"] - manifest["info"].get("dead", 0) for manifest in shards)
         lost = sum(count_row_failures(manifest["totals"]["skipped"]) for manifest in shards)
         is_unknown = lost < sum(sum(manifest["totals"]["skipped"].values()) for manifest in shards)
-        share = (f", {'at most ' * is_unknown}{_percent(kept, lost)} of the images given" if lost or is_unknown
+        share = (f", {'at most ' * is_unknown}{_percent(kept, lost)} of the rows of their sources" if lost or is_unknown
                  else ", no image left out")
         shown.append((format_count(kept), f"samples in {format_count(len(shards), 'dataset')}{share}"))
     if indices:

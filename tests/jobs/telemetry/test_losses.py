@@ -48,7 +48,7 @@ def test_status_and_the_report_agree(sharded, capsys):
     assert main(["report", "--root", str(root)]) == 0
     page = (root / "report.html").read_text()
     ledger = page[page.index("datasets/some/v1/shards/ledger: 2 ledger entries"):]
-    assert ledger.index("broken.jpg") < ledger.index("damaged.jpg") and "66.7 % of the images given" in page
+    assert ledger.index("broken.jpg") < ledger.index("damaged.jpg") and "66.7 % of the rows of their sources" in page
 
 
 def test_a_stage_without_losses_prints_no_summary():
