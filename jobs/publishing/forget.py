@@ -304,6 +304,9 @@ def _ways_to_remove(root: str, entries: Sequence[Mapping[str, Any]]) -> list[str
     for entry in (entry for entry in entries if not entry["rebuilt"]):
         label, adopt = entry["dataset"], " --adopt" * entry["adopted"]
         follow = "".join(f" && python -m jobs {verb} {label} --overwrite" for verb in entry["follow"])
+        if entry["runs"]:
+            lines.append(f"  after the next command {', '.join(entry['runs'])} can be sampled from, and not be trained "
+                         f"further")
         lines += [f"  to remove the bytes of {label}, which rebuild did not make: remove the images from its source;",
                   fit_commands(f"    then python -m jobs shard {label} --source SOURCE{adopt} --overwrite{follow}; "
                                f"or, to remove the version: python -m jobs rm datasets/{label.replace('@', '/')}")]

@@ -36,7 +36,7 @@ def default_run(databases: Sequence[Mixture], prompts: Sequence[str], *, dry_run
         if Import(run, BUNDLED).kept["encoder"] != encoder:
             raise ValueError(f"no finished run in {run.root} has the encoder of {database.label}, {encoder['model']} "
                              f"({encoder['pretrained']})\n"
-                             f"hint: python -m jobs train RUN --dataset {database.label} "
+                             f"hint: python -m jobs train RUN --dataset {database.name_in_commands} "
                              f"--root {storage.quote(run.root)}")
         if dry_run:
             return None

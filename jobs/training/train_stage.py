@@ -81,8 +81,8 @@ class Training(Stage):
 
     @property
     def command(self) -> str:
-        return (f"python -m jobs train {self.job.run.name} --dataset {self.job.dataset.label} "
-                f"--database {self.job.database.label} --root {storage.quote(self.root)}")
+        return (f"python -m jobs train {self.job.run.name} --dataset {self.job.dataset.name_in_commands} "
+                f"--database {self.job.database.name_in_commands} --root {storage.quote(self.root)}")
 
     @property
     def alternative(self) -> str:
@@ -137,8 +137,8 @@ class Training(Stage):
         there = dataset.manifest(f"neighbors/{database}")["info"]["k"]
         if there < k:
             raise ValueError(f"{dataset.label} has {there} neighbors of each sample, the run takes {k}\n"
-                             f"hint: python -m jobs neighbors {dataset.label} --database {database} --k {k} "
-                             f"--overwrite")
+                             f"hint: python -m jobs neighbors {dataset.name_in_commands} "
+                             f"--database {self.job.database.name_in_commands} --k {k} --overwrite")
 
     def check(self) -> None:
         """ValueError, before anything starts, unless training and validation data fit the run."""
@@ -159,8 +159,9 @@ class Training(Stage):
                             for dataset in (self.job.dataset, validation))
             if ours["sha256"] != theirs["sha256"]:
                 raise ValueError(f"the latents of {validation.label} are of another first stage than those of "
-                                 f"{self.job.dataset.label}\nhint: python -m jobs latents {validation.label} "
-                                 f"--first-stage {storage.quote(ours['source'])} --overwrite")
+                                 f"{self.job.dataset.label}\nhint: python -m jobs latents "
+                                 f"{validation.name_in_commands} --first-stage {storage.quote(ours['source'])} "
+                                 f"--overwrite")
 
     def process(self, item: Item, scratch: Any) -> Output:
         """The result of the finished run: its loss curve and its last checkpoint."""

@@ -89,8 +89,9 @@ class Batches:
         lists = self._arrays(name, neighbor_files(records, suffix), records)
         if (stored := lists[0].shape[1]) < self.k:
             raise ValueError(f"k = {self.k} neighbors wanted, {self.dataset.label} has {stored} stored of each "
-                             f"sample\nhint: a smaller --k, or python -m jobs neighbors {self.dataset.label} "
-                             f"--database {database.label} --k {self.k} --overwrite")
+                             f"sample\nhint: a smaller --k, or python -m jobs neighbors "
+                             f"{self.dataset.name_in_commands} --database {database.name_in_commands} "
+                             f"--k {self.k} --overwrite")
         return lists
 
     def _hidden_neighbors(self, database: Dataset) -> np.ndarray:

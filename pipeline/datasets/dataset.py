@@ -5,6 +5,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,6 +78,17 @@ class Dataset:
         """The name as the user writes it."""
         return self.name if self.version == DEFAULT_VERSION else f"{self.name}@{self.version}"
 
+    @property
+    def name_in_commands(self) -> str:
+        """The label, with the version where the bare name means another one that is published."""
+        if self.version != DEFAULT_VERSION:
+            return self.label
+        data = b""
+        with contextlib.suppress(ValueError, OSError):  # this is for a hint about something else
+            data = read_pointer(self.root, self.name) or b""
+        published = parse_pointer(data) if data else None
+        return f"{self.name}@{self.version}" if published and published["version"] != self.version else self.label
+
     def next_version(self) -> "Dataset":
         """The next version: v2 after v1."""
         stem, number = re.fullmatch(r"(.*?)(\d*)", self.version).groups()  # type: ignore[union-attr]
@@ -104,13 +116,16 @@ class Dataset:
                       "text_embeddings": ("embed", " --captions"),
                       "tombstones": ("index", " --tombstone KEYS_FILE"),
                       "scores": ("score", f" --head {database}=HEAD"),
-                      "neighbors": ("neighbors", f" --database {database}")}.get(verb, (verb, ""))
-        return f"python -m jobs {verb} {self.label}{more} --root {storage.quote(self.root)}"
+                      "neighbors": ("neighbors", " --database ")}.get(verb, (verb, ""))
+        if verb == "neighbors":
+            more += Dataset.parse(self.root, database).name_in_commands
+        return f"python -m jobs {verb} {self.name_in_commands}{more} --root {storage.quote(self.root)}"
 
     def manifest(self, stage_name: str) -> dict[str, Any]:
         """The manifest of a sealed stage; ValueError with the command that would finish it."""
         with self._unsealed_explained(stage_name):
-            return read_manifest(self.folder(stage_name), self.command(stage_name), self._published_hash(stage_name))
+            return read_manifest(self.folder(stage_name), partial(self.command, stage_name),
+                                 self._published_hash(stage_name))
 
     def is_sealed(self, stage_name: str) -> bool:
         """Whether a stage has ended; ValueError if it is missing though it was published."""
@@ -130,7 +145,7 @@ class Dataset:
     def identity(self, stage_name: str) -> dict[str, Any]:
         """How a later stage names this one among its inputs."""
         with self._unsealed_explained(stage_name):
-            return sealed_input(self.root, self.path(stage_name), self.command(stage_name),
+            return sealed_input(self.root, self.path(stage_name), partial(self.command, stage_name),
                                 self._published_hash(stage_name))
 
     @contextlib.contextmanager

@@ -6,6 +6,7 @@ import os
 import subprocess
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,19 @@ class NotSealed(ValueError):
     """A stage folder has no manifest: its stage did not run, or is not finished."""
 
 
-def read_manifest(folder: str, command: str, sha256: str | None = None) -> dict[str, Any]:
-    """The manifest of a sealed stage folder; ValueError with the `command` that would finish it.
+def _text(command: str | Callable[[], str]) -> str:
+    return command if isinstance(command, str) else command()
+
+
+def read_manifest(folder: str, command: str | Callable[[], str], sha256: str | None = None) -> dict[str, Any]:
+    """The manifest of a sealed stage folder; ValueError with the `command` that would finish it, or what it returns.
 
     ValueError too if its bytes are not those of `sha256`, the hash under which it was published.
     """
     try:
         data = _read_if_changed(storage.join(folder, "manifest.json"))
     except FileNotFoundError:
-        raise NotSealed(f"{folder} is not sealed: it has no manifest.json\nhint: {command}") from None
+        raise NotSealed(f"{folder} is not sealed: it has no manifest.json\nhint: {_text(command)}") from None
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise DamagedFile(f"{folder}/manifest.json is not the one that was published: its files were changed\n"
                           f"hint: python -m jobs verify --against current")
@@ -122,7 +127,7 @@ def is_sealed(stage: Stage) -> bool:
     return storage.exists(storage.join(stage.folder, "manifest.json"))
 
 
-def sealed_input(root: str, path: str, command: str, sha256: str | None = None) -> dict[str, Any]:
+def sealed_input(root: str, path: str, command: str | Callable[[], str], sha256: str | None = None) -> dict[str, Any]:
     """How another stage names the sealed folder `path` below `root` among its inputs.
 
     ValueError if that folder is stale: its rows would be taken for those of an input it was not made from. DamagedFile
@@ -134,7 +139,7 @@ def sealed_input(root: str, path: str, command: str, sha256: str | None = None) 
             raise DamagedFile(f"{storage.join(root, path)} was published, and is stale: {', '.join(changed)} changed "
                               f"since\nhint: python -m jobs verify --against current")
         raise ValueError(f"{storage.join(root, path)} is stale: {', '.join(changed)} changed since\n"
-                         f"hint: make it again, with its own settings: {command} --overwrite")
+                         f"hint: make it again, with its own settings: {_text(command)} --overwrite")
     return {"path": path, "digest": manifest["content"]}
 
 

@@ -188,3 +188,33 @@ def test_readers_name_the_command_that_ends_the_comparison_of_all_rows(
     caplog.clear()
     takedowns._SLOW.clear()
     assert _hidden(hand) == ["c.png"] and not caplog.text
+
+
+def test_hints_name_the_version_made_by_hand_when_another_is_published(hand: Path, capsys: pytest.CaptureFixture[str]
+                                                                       ) -> None:
+    root, source = str(hand / "root"), str(hand / "source")
+
+    def call(*words: str) -> str:
+        assert main([*words, "--root", root]) == 0, words
+        return capsys.readouterr().out
+
+    for verb in ("embed", "index", "neighbors"):
+        call(verb, "hand", *(("--database", "hand", "--k", "2") if verb == "neighbors" else ()), "--local")
+    train = ["train", "run", "--dataset", "hand@v1", "--recipe", "tiny", "--image-size", "16", "--k", "2", "--local"]
+    call(*train, "--steps", "2", "--global-batch", "2")
+    assert Dataset(root, "hand").name_in_commands == "hand"
+    call("rebuild", "hand", "--source", source, "--local", "--index.bytes-per-vector", "288")
+    assert [Dataset(root, "hand", version).name_in_commands for version in ("v1", "v2")] == ["hand@v1", "hand@v2"]
+    said = call("forget", "--url", "d.png", "--note", "asked")
+    assert "after the next command runs/run can be sampled from, and not be trained further" in said
+    os.remove(hand / "source" / "d.png")
+    again = next(line for line in said.splitlines() if "shard hand@v1 --source SOURCE" in line)
+    for command in again.partition("then ")[2].partition("; or")[0].replace("SOURCE", source).split(" && "):
+        words = shlex.split(command)[3:]
+        call(*words[:words.index("--root")], *(("--image-size", "32") if words[0] == "shard" else ()), "--local")
+    assert main([*train, "--steps", "4", "--root", root]) == 2
+    hint = capsys.readouterr().err.rpartition("hint: ")[2]
+    assert "with its own settings: python -m jobs neighbors hand@v1 --database hand@v1 --overwrite" in hint
+    call(*shlex.split(hint.partition("python -m jobs ")[2])[:-2], "--k", "2", "--local")
+    assert main(["verify", "--quick", "--root", root]) == 1
+    assert "or keep it, to sample from it as it is; or repeat the command" in capsys.readouterr().err
