@@ -1,6 +1,7 @@
 """`style` publishes a folder of images as `rebuild` does, and `sample` finds a model for it."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,8 @@ from jobs.cli.run_stage import spare_ray
 from jobs.cluster.config import ClusterConfig
 from jobs.config.published_settings import choose_encoder
 from jobs.runs.newest_run import find_newest_run
+from jobs.runs.run import Run
+from jobs.training.export import BUNDLED, BUNDLED_RUN, import_run
 from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder, encoder_of
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.releases import published
@@ -103,7 +106,15 @@ def test_the_newest_run_is_preferred_and_another_encoder_has_none(
     assert newest and newest.name == "small"  # although the demo's is newer
     assert find_newest_run(str(root), describe_encoder(ClipConfig(pretrained="random"))) is None
     _, log = run("sample", "a tree", "--database", "flat", "--steps", "2", "--root", str(root))
-    assert "with the run small" in log
+    assert "with the run small" in log and "hint" not in log
+    import_run(Run(str(root), BUNDLED_RUN), BUNDLED)
+    for checkpoint in (root / "runs/small/checkpoints").iterdir():
+        os.utime(checkpoint / "manifest.json")  # newer than the bundled model
+    _, log = run("sample", "a tree", "--database", "flat", "--steps", "2", "--root", str(root))
+    assert "with the run small, the newest one (step 3)" in log
+    assert (f"small has only 3 steps, and emoji_32 has 12,000\nhint: python -m jobs sample emoji_32 --prompt "
+            f"'a tree' --database flat --root {root}\n") in log
+    shutil.rmtree(root / "runs/emoji_32")
     (root / "runs/small/manifest.json").rename(tmp_path / "manifest.json")
     checkpoint = root / "runs/small/checkpoints/0000003/checkpoint.json"
     whole = json.loads(checkpoint.read_text())
