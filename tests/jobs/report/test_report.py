@@ -304,7 +304,7 @@ def test_a_dataset_counts_once_whatever_its_versions(tmp_path: Path, drawn_pictu
         shards(tmp_path, name, drawn_pictures)
     shutil.rmtree(tmp_path / "datasets/line/v3/shards")  # a version that was only begun
     page = report_page(tmp_path)
-    assert re.search(r"samples in 1 dataset, .* given\s*36\s", Document(page).text) and "2 other versions" in page
+    assert re.search(r"samples in 1 dataset, .* sources\s*36\s", Document(page).text) and "2 other versions" in page
     assert "line@v2" in page[page.index("<h2>Datasets</h2>"):page.index("<h2>Stages</h2>")]
     (tmp_path / "datasets/line/current.json").write_text(json.dumps({"version": "v1", "number": 1}))
     page = report_page(tmp_path)
