@@ -98,11 +98,14 @@ def read_captions(address: str, caption_column: str) -> list[TableRow]:
     if is_metadata and file_column is None:
         _log.warning("%s is not used: no column names the images; it has %s", address, ", ".join(header))
         return []
-    if file_column is None or (caption is None and (caption_column or not is_metadata)):
+    if file_column is None:
         check_delimiter(header, address)
-        raise ValueError(f"{address} has the columns {', '.join(header)}; wanted are one of {', '.join(FILE_COLUMNS)} "
-                         f"and one of {caption_column or ', '.join(CAPTION_COLUMNS)}\n"
-                         f"hint: --caption-column NAME")
+        raise ValueError(f"{address} has the columns {', '.join(header)}, and none of them names the files\n"
+                         f"hint: call that column {' or '.join(FILE_COLUMNS)}")
+    if caption is None and (caption_column or not is_metadata):
+        check_delimiter(header, address)
+        raise ValueError(f"{address} has the columns {', '.join(header)}; wanted is one of "
+                         f"{caption_column or ', '.join(CAPTION_COLUMNS)}\nhint: --caption-column NAME")
     if caption is None:
         _log.warning("%s: no column is a caption; it has %s\nhint: --caption-column NAME", address, ", ".join(header))
     left_out = {file_column} if caption and is_more_than_caption(caption) else {file_column, caption}

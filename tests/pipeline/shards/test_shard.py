@@ -279,8 +279,8 @@ def test_order_of_captions_is_the_order_of_samples(tmp_path):
 
 @pytest.mark.parametrize(("name", "data", "message"), [
     ("captions.csv", b"\xff\xfe\x00", "cannot be read as captions"),
-    ("captions.csv", b"picture,words\na.png,x\n", "has the columns picture, words; wanted are one of file"),
-    ("captions.csv", b"picture,words\n", "has the columns picture, words; wanted are one of file"),
+    ("captions.csv", b"picture,words\na.png,x\n", "has the columns picture, words, and none of them names the files"),
+    ("captions.csv", b"picture,words\n", "has the columns picture, words, and none of them names the files"),
     ("captions.csv", b"file,caption\na.png\n", "none of its 1 rows .* 1 cells, and the header has 2"),
     ("captions.parquet", b"no parquet at all", "cannot be read as captions"),
     ("captions.parquet", b"PAR1" + b"x" * 50 + b"\x30\0\0\0PAR1", "cannot be read as captions"),
