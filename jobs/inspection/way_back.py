@@ -1,6 +1,5 @@
 """The command that replaces a damaged folder, as `verify` names it."""
 
-import contextlib
 from collections.abc import Collection, Sequence
 
 from jobs.publishing.check_published import list_published
@@ -19,7 +18,6 @@ from pipeline.datasets.names import is_name
 from pipeline.releases import release_files
 from pipeline.releases.published import Published
 from pipeline.releases.signatures import ReleaseKeys
-from pipeline.stages.manifest import changed_inputs, read_manifest
 from pipeline.storage import DamagedFile
 from pipeline.takedowns import takedown_list
 
@@ -79,11 +77,7 @@ def _find_command(root: str, paths: Sequence[str], keys: ReleaseKeys) -> str:
 
 
 def _train_again(run: Run) -> str:
-    """Another way for a run that has lost its last checkpoint, or whose inputs were made again; "" for other damage."""
-    with contextlib.suppress(ValueError, OSError):
-        if changed_inputs(run.root, read_manifest(run.folder, "")):
-            return ("; or keep it, to sample from it as it is; or repeat the command that made it with --overwrite, "
-                    "which trains it from the start")
+    """Another way for a run that has lost its last checkpoint, "" for other damage."""
     try:
         lost = run.lost_step()
     except DamagedFile:  # its manifest

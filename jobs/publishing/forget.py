@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from jobs.publishing.consumers import find_consumers, find_exports_showing, find_grids_showing, find_samples_showing
@@ -13,6 +14,7 @@ from pipeline import storage
 from pipeline.datasets.dataset import DEFAULT_VERSION, Dataset, datasets, refuse_unknown
 from pipeline.datasets.pointer import DamagedPointer
 from pipeline.downloads.urls import clean_url, find_host
+from pipeline.neighbors.config import NeighborsConfig
 from pipeline.releases import release_files
 from pipeline.releases.published import Published
 from pipeline.storage import DamagedFile
@@ -257,11 +259,44 @@ def _touched(dataset: Dataset, rows: list[tuple[int, dict[str, Any]]], fresh: in
             "keys": [row["key"] for _, row in rows][:20],
             "rebuilt": release_files.has_release(dataset) or storage.exists(
                 storage.join(dataset.root, dataset.path("rebuild.json"))),
-            "follow": [verb for stage_name, verb in (("embeddings", "embed"), ("index", "index"))
-                       if dataset.is_sealed(stage_name)],
+            "follow": _later_commands(dataset, used),
             "adopted": bool(dataset.manifest("shards").get("section", {}).get("adopted")),
             "neighbors": [consumer for consumer in used if consumer.startswith("datasets/")],
             "runs": [consumer for consumer in used if consumer.startswith("runs/")]}
+
+
+def _later_commands(dataset: Dataset, used: Sequence[str]) -> list[str]:
+    """The commands of the stages that are stale once `shard` has made a version again, with their own settings.
+
+    They have no `--overwrite` and no `--root`. `used`: the neighbor lists of other datasets are among these paths.
+    """
+    label = f"{dataset.name}@{dataset.version}"
+    commands = [command for stage_name, command in (
+        ("embeddings", f"embed {label}"), ("text_embeddings", f"embed {label} --captions"), ("index", f"index {label}"))
+        if dataset.is_sealed(stage_name)]
+    if dataset.is_sealed("latents"):
+        source = dataset.manifest("latents")["info"]["first_stage"]["source"]
+        commands.append(f"latents {label} --first-stage {storage.quote(source)}")
+    commands += [f"score {label} --head {head}=HEAD" for head in storage.list_folders(dataset.folder("scores"))]
+    own = [dataset.path(f"neighbors/{name}") for name in storage.list_folders(dataset.folder("neighbors"))]
+    lists = dict.fromkeys([*own, *(path for path in used if path.startswith("datasets/"))])
+    return commands + [command for path in lists if (command := _neighbors_command(dataset.root, path))]
+
+
+def _neighbors_command(root: str, path: str) -> str:
+    """The command of a sealed neighbor list, with its settings; "" if it cannot be read."""
+    _, name, version, _, database = path.split("/")
+    try:
+        section = Dataset(root, name, version).manifest(f"neighbors/{database}")["section"]
+    except (ValueError, OSError):
+        return ""
+    defaults, flags = NeighborsConfig(), ""
+    for setting in fields(NeighborsConfig):
+        value = section.get(setting.name, getattr(defaults, setting.name))
+        if value != getattr(defaults, setting.name):
+            flags += f" --{setting.name.replace('_', '-')}" + ("" if value is True else f" {storage.quote(str(value))}")
+    database = database if "@" in database else f"{database}@{DEFAULT_VERSION}"
+    return f"neighbors {name}@{version} --database {database}{flags}"
 
 
 def forget_text(root: str, report: dict[str, Any]) -> str:
@@ -303,14 +338,21 @@ def _ways_to_remove(root: str, entries: Sequence[Mapping[str, Any]]) -> list[str
              for name in names for sign_option in [find_sign_option(root, name)]]
     for entry in (entry for entry in entries if not entry["rebuilt"]):
         label, adopt = entry["dataset"], " --adopt" * entry["adopted"]
-        follow = "".join(f" && python -m jobs {verb} {label} --overwrite" for verb in entry["follow"])
+        follow = "".join(f" && python -m jobs {command} --overwrite" for command in entry["follow"])
         if entry["runs"]:
             lines.append(f"  after the next command {', '.join(entry['runs'])} can be sampled from, and not be trained "
                          f"further")
         lines += [f"  to remove the bytes of {label}, which rebuild did not make: remove the images from its source;",
                   fit_commands(f"    then python -m jobs shard {label} --source SOURCE{adopt} --overwrite{follow}; "
-                               f"or, to remove the version: python -m jobs rm datasets/{label.replace('@', '/')}")]
+                               f"or, to remove the version: {_remove_commands(entry)}")]
     return lines
+
+
+def _remove_commands(entry: Mapping[str, Any]) -> str:
+    """The commands that remove a version, and first what was made from it elsewhere."""
+    version = f"datasets/{entry['dataset'].replace('@', '/')}"
+    users = [path for path in (*entry["runs"], *entry["neighbors"]) if not path.startswith(f"{version}/")]
+    return " && ".join(f"python -m jobs rm {path}" for path in (*users, version))
 
 
 def _copies_text(report: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import itertools
+import logging
 import re
 from collections.abc import Iterator
 from functools import cached_property
@@ -21,6 +22,7 @@ from pipeline.stages.documents import check_manifest, check_plan
 from pipeline.stages.manifest import changed_inputs, read_manifest
 from pipeline.stages.plan import item_ids, read_items
 
+_log = logging.getLogger(__name__)
 _DENIED = "cannot be read: this user may not read it"
 _CARRIED = re.compile(r"rows/[\w-]+-([0-9a-f]{12})\.jsonl?")
 
@@ -40,7 +42,12 @@ def find_faults(root: str, path: str, *, quick: bool = False) -> Iterator[dict[s
     for fault in changed:
         yield _fault(path, "manifest.json", f"was changed after sealing: {fault}")
     yield from _plan(path, base, manifest)
-    for name in changed_inputs(root, manifest):
+    changed = changed_inputs(root, manifest)
+    if changed and manifest["stage"] == "train":  # its weights are whole, and samples of it do not read its inputs
+        _log.warning("%s: %s changed since it was trained: sampling is as before, and training further is not possible",
+                     path, ", ".join(changed))
+        changed = []
+    for name in changed:
         yield _fault(path, "manifest.json", f"is stale: {name} changed since")
     if quick:
         return

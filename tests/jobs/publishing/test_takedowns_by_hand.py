@@ -190,8 +190,8 @@ def test_readers_name_the_command_that_ends_the_comparison_of_all_rows(
     assert _hidden(hand) == ["c.png"] and not caplog.text
 
 
-def test_hints_name_the_version_made_by_hand_when_another_is_published(hand: Path, capsys: pytest.CaptureFixture[str]
-                                                                       ) -> None:
+def test_hints_name_the_version_made_by_hand_when_another_is_published(
+        hand: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     root, source = str(hand / "root"), str(hand / "source")
 
     def call(*words: str) -> str:
@@ -209,12 +209,19 @@ def test_hints_name_the_version_made_by_hand_when_another_is_published(hand: Pat
     assert "after the next command runs/run can be sampled from, and not be trained further" in said
     os.remove(hand / "source" / "d.png")
     again = next(line for line in said.splitlines() if "shard hand@v1 --source SOURCE" in line)
-    for command in again.partition("then ")[2].partition("; or")[0].replace("SOURCE", source).split(" && "):
-        words = shlex.split(command)[3:]
+    assert "to remove the version: python -m jobs rm runs/run " in said
+    commands = [shlex.split(command)[3:] for command in
+                again.partition("then ")[2].partition("; or")[0].replace("SOURCE", source).split(" && ")]
+    assert [command[0] for command in commands] == ["shard", "embed", "index", "neighbors"]
+    for words in commands:
+        if words[0] == "neighbors":
+            assert main([*train, "--steps", "4", "--root", root]) == 2
+            hint = capsys.readouterr().err.rpartition("hint: ")[2]
+            assert "settings: python -m jobs neighbors hand@v1 --database hand@v1 --overwrite" in hint
         call(*words[:words.index("--root")], *(("--image-size", "32") if words[0] == "shard" else ()), "--local")
     assert main([*train, "--steps", "4", "--root", root]) == 2
-    hint = capsys.readouterr().err.rpartition("hint: ")[2]
-    assert "with its own settings: python -m jobs neighbors hand@v1 --database hand@v1 --overwrite" in hint
-    call(*shlex.split(hint.partition("python -m jobs ")[2])[:-2], "--k", "2", "--local")
-    assert main(["verify", "--quick", "--root", root]) == 1
-    assert "or keep it, to sample from it as it is; or repeat the command" in capsys.readouterr().err
+    assert "planned with other settings or inputs" in capsys.readouterr().err
+    assert main(["verify", "--root", root]) == 0
+    assert "since it was trained: sampling is as before, and training further is not possible" in caplog.text
+    call("sample", "run", "--prompt", "a", "--database", "hand@v1", "--steps", "2")
+    assert main(["verify", "--root", root]) == 0
