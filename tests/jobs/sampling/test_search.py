@@ -114,7 +114,8 @@ def test_vectors_of_other_shards_are_refused(tmp_path: Path, capsys: pytest.Capt
     root = " ".join(place)
     assert (f"python -m jobs shard a@v1 --source SOURCE --overwrite {root} && "
             f"python -m jobs embed a@v1 --overwrite {root} && "
-            f"python -m jobs index a@v1 --overwrite {root}; or") in capsys.readouterr().out
+            f"python -m jobs index a@v1 --overwrite {root} && "
+            f"python -m jobs neighbors a@v1 --database a@v1 --overwrite {root}; or") in capsys.readouterr().out
     (source / "0.png").unlink()
     assert main([*shard, "--overwrite"]) == 0
     capsys.readouterr()
