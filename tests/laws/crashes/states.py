@@ -57,9 +57,10 @@ def _read_files(root: str, folder: Path) -> dict[str, bytes]:
     found = file_system.find(path)
     files = {f"root{name.removeprefix(path)}": data for name, data in file_system.cat(found).items()} if found else {}
     files |= {f"scratch/{left.relative_to(folder / 'scratch')}": b"" for left in (folder / "scratch").rglob("*")}
-    # The name of such a file is a hash of the path of the root and of a dataset. One dataset is published.
-    return files | {f"seen/{number}.json": seen.read_bytes()
-                    for number, seen in enumerate(sorted((folder / "cache" / "seen").glob("*.json")))}
+    # The name of such a file is a hash of the path of the root and of a dataset, so it is another in each place. A
+    # copied place also has what was seen of the place before.
+    seen = sorted(file.read_bytes() for file in (folder / "cache" / "seen").glob("*.json"))
+    return files | {f"seen/{number}.json": data for number, data in enumerate(seen)}
 
 
 def _parse(data: bytes) -> Any:
