@@ -275,8 +275,10 @@ def _later_commands(dataset: Dataset, used: Sequence[str]) -> list[str]:
         ("embeddings", f"embed {label}"), ("text_embeddings", f"embed {label} --captions"), ("index", f"index {label}"))
         if dataset.is_sealed(stage_name)]
     if dataset.is_sealed("latents"):
-        source = dataset.manifest("latents")["info"]["first_stage"]["source"]
-        commands.append(f"latents {label} --first-stage {storage.quote(source)}")
+        source = "FIRST_STAGE"
+        with contextlib.suppress(*takedowns.READ_ERRORS):  # damage must not end a takedown half-way
+            source = storage.quote(dataset.manifest("latents")["info"]["first_stage"]["source"])
+        commands.append(f"latents {label} --first-stage {source}")
     commands += [f"score {label} --head {head}=HEAD" for head in storage.list_folders(dataset.folder("scores"))]
     own = [dataset.path(f"neighbors/{name}") for name in storage.list_folders(dataset.folder("neighbors"))]
     lists = dict.fromkeys([*own, *(path for path in used if path.startswith("datasets/"))])
@@ -288,7 +290,7 @@ def _neighbors_command(root: str, path: str) -> str:
     _, name, version, _, database = path.split("/")
     try:
         section = Dataset(root, name, version).manifest(f"neighbors/{database}")["section"]
-    except (ValueError, OSError):
+    except takedowns.READ_ERRORS:
         return ""
     defaults, flags = NeighborsConfig(), ""
     for setting in fields(NeighborsConfig):

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: seconds of GPU kernels by kind. Runs only if `--only` names it."""
+"""The GPU kernels of a training step by kind, in seconds. Runs only if `--only` names it."""
 
 import re
 from collections import Counter
