@@ -255,11 +255,12 @@ def _touched(dataset: Dataset, rows: list[tuple[int, dict[str, Any]]], fresh: in
         unreadable.note("runs", error)
     own = dataset.path(f"neighbors/{dataset.label}")
     used = [own] * storage.exists(storage.join(dataset.root, own, "plan.json")) + used
+    rebuilt = release_files.has_release(dataset) or storage.exists(
+        storage.join(dataset.root, dataset.path("rebuild.json")))
     return {"dataset": f"{dataset.name}@{dataset.version}", "pictures": len(rows), "hidden_now": fresh,
             "keys": [row["key"] for _, row in rows][:20],
-            "rebuilt": release_files.has_release(dataset) or storage.exists(
-                storage.join(dataset.root, dataset.path("rebuild.json"))),
-            "follow": _later_commands(dataset, used),
+            "rebuilt": rebuilt,
+            "follow": [] if rebuilt else _later_commands(dataset, used),
             "adopted": bool(dataset.manifest("shards").get("section", {}).get("adopted")),
             "neighbors": [consumer for consumer in used if consumer.startswith("datasets/")],
             "runs": [consumer for consumer in used if consumer.startswith("runs/")]}

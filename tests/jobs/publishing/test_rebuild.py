@@ -368,34 +368,6 @@ def test_missing_files_of_a_captions_table_count_as_removed(place: Path, caplog:
     assert "@v3" not in caplog.text
 
 
-def test_removed_images_stop_no_rebuild_and_unknown_names_do(place: Path) -> None:
-    def failed() -> float:
-        release = release_files.read_release(published_dataset(place / "root"))[0]
-        assert release
-        return float(next(gate["value"] for gate in release["gates"] if gate["name"] == "failed"))
-
-    images = pictures(place)
-    for count, full in ((8, False), (16, False), (16, True)):  # 22 % in all, and the gate is at 10 %
-        for image in images[:count]:
-            image.unlink(missing_ok=True)
-        paint(place / "source" / f"new{count}{full}.png", count)
-        summary = rebuild(place / "root", place / "source", full=full, gates=GatesConfig(min_overlap=0))
-        assert summary["published"] and failed() == 0
-        assert summary["removed"] == (0 if full else 8)
-    assert len(Embeddings(published_dataset(place / "root"))) - len(
-        hidden_rows.read_hidden_rows(published_dataset(place / "root"))) == 72 - 16 + 3
-
-    captions = place / "source" / "captions.csv"
-    words = captions.read_text().splitlines()[-1].partition(",")[2]
-    captions.write_text(captions.read_text() + "".join(f"never{number}.png,{words}\n" for number in range(12)))
-    with pytest.raises(GatesFailed, match=r"failed: 0\.1"):
-        rebuild(place / "root", place / "source")
-    published_now = rebuild(place / "root", place / "source", gates=GatesConfig(max_failed=0.2, min_overlap=0))
-    assert published_now["published"] and 0.1 < failed() < 0.2
-    (place / "source" / "damaged.png").write_bytes(b"no picture")
-    assert rebuild(place / "root", place / "source")["published"] and 0 < failed() < 0.1
-
-
 def test_vectors_of_captions_can_be_added_to_an_unchanged_source(place: Path) -> None:
     assert rebuild(place / "root", place / "source", embed_captions=True)["published"] == "v2"
     assert published_dataset(place / "root").is_sealed("text_embeddings")
