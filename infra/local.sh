@@ -21,7 +21,7 @@ cd "$HERE"
 
 pids=()
 finish() {
-  "$HERE/infra/one-machine.sh" down || true
+  "$HERE/infra/one-machine.sh" down >/dev/null || true
   for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
   wait 2>/dev/null || true
 }

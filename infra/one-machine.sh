@@ -3,7 +3,7 @@
 #
 #     eval "$(infra/one-machine.sh up)"              # a head without work, and a worker with all cores and GPUs
 #     python -m jobs submit --wait demo --root "$PWD/data/demo"
-#     infra/one-machine.sh down
+#     eval "$(infra/one-machine.sh down)"
 #
 # `up 3` makes three workers that share the cores, to try the loss of one. The dashboard listens on 127.0.0.1. Ray's other
 # ports listen on all interfaces of this machine, and need the token.
@@ -134,6 +134,7 @@ down() {
     while kill -0 "$pid" 2>/dev/null; do wait_for "the end of Ray"; done
   done
   say "ended"
+  echo "unset RAY_ADDRESS RAY_API_SERVER_ADDRESS RAY_AUTH_MODE RAY_AUTH_TOKEN_PATH"
 }
 
 case ${1:-} in

@@ -55,10 +55,14 @@ class Machine:
         process = subprocess.run([REPOSITORY / "infra/one-machine.sh", "up"], env=self.environment, text=True,
                                  timeout=300, stdout=subprocess.PIPE)
         assert process.returncode == 0
-        self.environment |= dict(assignment.split("=", 1) for assignment in re.findall(r"\w+=\S+", process.stdout))
+        assigned = dict(assignment.split("=", 1) for assignment in re.findall(r"\w+=\S+", process.stdout))
+        self.environment |= assigned
+        self.variables = {*assigned}
 
     def down(self) -> None:
-        subprocess.run([REPOSITORY / "infra/one-machine.sh", "down"], env=self.environment, check=True, timeout=120)
+        process = subprocess.run([REPOSITORY / "infra/one-machine.sh", "down"], env=self.environment, check=True,
+                                 timeout=120, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.startswith("unset ") and {*process.stdout.split()[1:]} == self.variables
 
     def start(self, *words: Any) -> "subprocess.Popen[str]":
         """`python -m jobs submit WORDS`, from this tree."""
