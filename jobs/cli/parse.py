@@ -93,8 +93,9 @@ def _refuse_unknown_flags(verb: str, words: Sequence[str]) -> None:
         known = re.sub(r"(^--|\.)no-", r"\1", flag.lower().replace("_", "-"))  # --no-text is a spelling of --text
         if not re.fullmatch(r"--[A-Za-z][\w.-]*", flag) or known in flags:
             continue
-        close = difflib.get_close_matches(flag, sorted(flags), n=1)
-        hint = f"did you mean {close[0]}?" if close else f"python -m jobs {verb} --help-all"
+        # Without the dashes, which are alike in all flags.
+        close = difflib.get_close_matches(flag[2:], sorted(name[2:] for name in flags), n=1)
+        hint = f"did you mean --{close[0]}?" if close else f"python -m jobs {verb} --help-all"
         raise ValueError(f"{verb} has no flag {flag}\nhint: {hint}")
 
 

@@ -367,6 +367,8 @@ def test_a_verb_without_its_arguments_prints_an_example(caplog: pytest.LogCaptur
     (["train", "x", "--stps", "5"], "train has no flag --stps", "did you mean --steps?"),  # and --dataset is missing
     (["style", "--sorce", "y", "mine"], "style has no flag --sorce", "did you mean --source?"),
     (["style", "mine", "--image_sise=8"], "style has no flag --image_sise", "did you mean --image-size?"),
+    (["pipeline", "--overwrite", "--source", "x"], "pipeline has no flag --overwrite",
+     "python -m jobs pipeline --help-all"),
     (["submit", "--adress", "x", "ls"], "submit has no flag --adress", "did you mean --address?"),
     (["ls", "--wxyz"], "ls has no flag --wxyz", "python -m jobs ls --help-all"),
     (["--root", "data", "ls"], "there is no flag '--root'", "a verb comes before its flags: python -m jobs --help")])
