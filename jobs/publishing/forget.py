@@ -105,7 +105,7 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
         for dataset in _sealed_datasets(root, unreadable):
             if rows := _read_rows(dataset, wanted.has, unreadable):
                 hashes |= _hashes(rows)
-                touched.append(_touched(dataset, rows, 0, unreadable))
+                touched += _touched(dataset, rows, 0, unreadable)
     else:
         takedown_list.add_takedowns(root, wanted, note)  # before anything is hidden: a running rebuild may still see it
         touched = apply_takedowns(root, unreadable, wanted, hashes)
@@ -153,7 +153,7 @@ def apply_takedowns(root: str, unreadable: Unread, wanted: Forgotten | None = No
             unreadable.note(_full_label(dataset), error)
             continue
         if requested := [(row, sample) for row, sample in rows if wanted is None or wanted.has(sample)]:
-            touched.append(_touched(dataset, requested, fresh, unreadable))
+            touched.append((dataset, requested, fresh))
             if hashes is not None:
                 hashes |= _hashes(requested)
     takedown_list.mark_applied(root, count)
@@ -162,7 +162,8 @@ def apply_takedowns(root: str, unreadable: Unread, wanted: Forgotten | None = No
             require_requests(root, [name])
         except PermissionError as error:
             unreadable.note(name, error)
-    return touched
+    # Last: what the report says of one dataset must not keep the images of another one visible.
+    return [entry for dataset, requested, fresh in touched for entry in _touched(dataset, requested, fresh, unreadable)]
 
 
 def refuse_unreadable(root: str, unreadable: Mapping[str, str], denied: Sequence[str] = (), *, dry_run: bool) -> None:
@@ -247,7 +248,20 @@ def require_requests(root: str, names: Sequence[str], *, replace: bool = False) 
 
 
 def _touched(dataset: Dataset, rows: list[tuple[int, dict[str, Any]]], fresh: int, unreadable: Unread
-             ) -> dict[str, Any]:
+             ) -> list[dict[str, Any]]:
+    """The entry of a dataset in the report; none if gc removed it meanwhile, or if it is damaged."""
+    try:
+        return [_describe(dataset, rows, fresh, unreadable)]
+    except takedowns.READ_ERRORS as error:
+        if dataset.is_sealed("shards"):
+            unreadable.note(_full_label(dataset), error)
+        else:
+            _log.info("forget: %s was removed meanwhile", _full_label(dataset))
+        return []
+
+
+def _describe(dataset: Dataset, rows: list[tuple[int, dict[str, Any]]], fresh: int, unreadable: Unread
+              ) -> dict[str, Any]:
     used: list[str] = []
     try:
         used = find_consumers(dataset.root, dataset.name).get(dataset.version, [])

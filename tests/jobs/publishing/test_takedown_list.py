@@ -3,13 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.cli.main import main
 from pipeline.datasets.metadata import metadata
 from pipeline.storage import DamagedFile
-from pipeline.takedowns import hidden_rows, takedown_list
+from pipeline.takedowns import hidden_rows, takedown_list, takedowns
 from tests.jobs.publishing.published_art import NAME, paint, pointer, published_dataset, rebuild
 
 
@@ -125,3 +126,28 @@ def test_pointers_without_the_hash_are_read_and_get_one(forgotten: Path) -> None
     assert main(["forget", "--sha256", "1" * 64, "--root", root]) == 0
     listed = json.loads(pointer(forgotten).read_text())["takedown_list"]
     assert listed == takedown_list.describe_list(root) and listed["requests"] == 3
+
+
+def test_a_version_that_gc_removes_meanwhile_leaves_no_other_one_visible(
+        second: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    at_root = ["--root", str(second / "root")]
+    dataset = published_dataset(second / "root")
+    key = metadata(dataset, dataset.manifest("shards")["items"][0], ["key"])[4]["key"]
+    hide = takedowns.hide_rows
+
+    def hide_beside_gc(*arguments: Any) -> int:
+        monkeypatch.setattr(takedowns, "hide_rows", hide)
+        assert main(["gc", NAME, "--keep", "0", "--lease", "0", *at_root]) == 0
+        return hide(*arguments)
+
+    monkeypatch.setattr(takedowns, "hide_rows", hide_beside_gc)
+    assert main(["forget", "--key", f"{NAME}/{key}", *at_root]) == 0
+    said = capsys.readouterr().out
+    assert "v1  removed: " in said and f"{NAME}@v1 was removed meanwhile" in caplog.text
+    assert f"\n{NAME}@v2: 1 image, hidden from searches" in said and f"\n{NAME}@v1" not in said
+    assert len(hidden_rows.read_hidden_rows(published_dataset(second / "root"))) == 1
+    assert main(["verify", *at_root]) == 0
+    assert main(["gc", NAME, "--keep", "0", "--lease", "0", *at_root]) == 0
+    assert not (second / "root/datasets" / NAME / "v1/forgotten.json").exists()
