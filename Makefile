@@ -16,7 +16,7 @@ help:  ## this list
 
 demo: setup  ## run every stage on real images, and write a report
 	$(BIN)/python -m jobs demo --root $(ROOT)
-	@case :$$PATH: in *:"$(CURDIR)/$(BIN)":*) ;; *) echo 'to type these commands: . $(BIN)/activate';; esac
+	@case :$$PATH: in *:"$(CURDIR)/$(BIN)":*) ;; *) echo 'to type rdm commands here: . $(BIN)/activate';; esac
 
 test: setup lint  ## what every change must pass
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not fuzz" tests

@@ -357,8 +357,8 @@ def _ways_to_remove(root: str, entries: Sequence[Mapping[str, Any]]) -> list[str
         label, adopt = entry["dataset"], " --adopt" * entry["adopted"]
         follow = "".join(f" && python -m jobs {command} --overwrite" for command in entry["follow"])
         if entry["runs"]:
-            lines.append(f"  after the next command {', '.join(entry['runs'])} can be sampled from, and not be trained "
-                         f"further")
+            lines.append(f"  once shard has made {label} again, you can sample from {', '.join(entry['runs'])}, but no "
+                         f"longer train further")
         lines += [f"  to remove the bytes of {label}, which rebuild did not make: remove the images from its source;",
                   fit_commands(f"    then python -m jobs shard {label} --source SOURCE{adopt} --overwrite{follow}; "
                                f"or, to remove the version: {_remove_commands(entry)}")]

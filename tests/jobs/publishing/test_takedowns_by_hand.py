@@ -206,7 +206,7 @@ def test_hints_name_the_version_made_by_hand_when_another_is_published(
     call("rebuild", "hand", "--source", source, "--local", "--index.bytes-per-vector", "288")
     assert [Dataset(root, "hand", version).name_in_commands for version in ("v1", "v2")] == ["hand@v1", "hand@v2"]
     said = call("forget", "--url", "d.png", "--note", "asked")
-    assert "after the next command runs/run can be sampled from, and not be trained further" in said
+    assert "  once shard has made hand@v1 again, you can sample from runs/run, but no longer train further\n" in said
     os.remove(hand / "source" / "d.png")
     again = next(line for line in said.splitlines() if "shard hand@v1 --source SOURCE" in line)
     assert "to remove the version: python -m jobs rm runs/run " in said

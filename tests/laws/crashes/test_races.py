@@ -23,7 +23,8 @@ _REMOVALS = [*itertools.product((REMOVE_PUBLISHED,), PUBLISHING), *itertools.pro
 _FAST = [("rebuild", "rebuild"), ("rebuild", "gc"), ("gc", "rebuild"), ("forget", "rebuild"), ("rebuild", "forget"),
          ("rollback", "gc"), ("repair", "rebuild"), (REMOVE_PUBLISHED, "rebuild"), ("shard", "embed"),
          ("embed", "shard"), ("index", "neighbors"), ("forget", "shard")]
-_SLOW = [*itertools.product(PUBLISHING, PUBLISHING[:-1]), ("embed", "embed"), ("shard", "forget"), *_REMOVALS]
+_SLOW = [*itertools.product(PUBLISHING, PUBLISHING[:-1]), ("embed", "embed"), ("shard", "forget"), *_REMOVALS,
+         ("rm", "forget"), ("forget", "rm"), ("rm", "shard"), ("shard", "rm")]
 _PAIRS = [*dict.fromkeys([*_FAST, *_SLOW, *itertools.product(PUBLISHING, repeat=2),
                           *itertools.product(STAGES, repeat=2), ("rebuild", "shard"), ("gc", "neighbors")])]
 _FEW_ON_S3 = [("rebuild", "gc", 40), ("repair", "rebuild", 1)]
