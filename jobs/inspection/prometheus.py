@@ -26,6 +26,7 @@ from jobs.inspection import status
 from jobs.runs.labels import NAMES
 from jobs.runs.run import HOPELESS
 from pipeline import storage
+from pipeline.stages.documents import TIME_FORMAT
 from pipeline.stages.progress import period
 from pipeline.stages.types import count_row_failures
 
@@ -221,7 +222,7 @@ def _stage_numbers(stage: dict[str, Any]) -> dict[str, float]:
 
 def _unix(stamp: str) -> float:
     from calendar import timegm
-    return float(timegm(time.strptime(stamp, "%Y-%m-%dT%H:%M:%SZ")))
+    return float(timegm(time.strptime(stamp, TIME_FORMAT)))
 
 
 def _database_metrics(published: dict[str, dict[str, Any]]) -> Iterator[Metric]:

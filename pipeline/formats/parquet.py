@@ -14,7 +14,15 @@ def read(source: bytes | str | Path, columns: list[str] | None = None) -> pa.Tab
     and abort it then: apache/arrow#34314.
     """
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    return pq.ParquetFile(pa.BufferReader(data)).read(columns, use_threads=False)
+    return open_file(pa.BufferReader(data)).read(columns, use_threads=False)
+
+
+def open_file(source: Any, **options: Any) -> pq.ParquetFile:
+    """A parquet file. ArrowException if it is none, also if the name of a column is not UTF-8."""
+    try:
+        return pq.ParquetFile(source, **options)
+    except UnicodeDecodeError as error:
+        raise pa.ArrowInvalid(f"the name of a column is not UTF-8: {error.object!r}") from None
 
 
 def rows(table: pa.Table) -> list[dict[str, Any]]:

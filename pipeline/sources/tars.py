@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.formats import parquet
 from pipeline.layouts.column_paths import cell_at
 from pipeline.media import tars
 from pipeline.media.foreign_tars import packed
@@ -129,7 +129,7 @@ def _tar_types(address: str, most_members: int) -> ColumnTypes:
     if storage.exists(parquet_url):
         try:
             with storage.open_reader(parquet_url) as stream:
-                types.add_schema(pq.read_schema(stream))
+                types.add_schema(parquet.open_file(stream).schema_arrow)
             return types
         except (pa.ArrowException, OSError):
             types = ColumnTypes()  # no parquet after all

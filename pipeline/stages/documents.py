@@ -1,12 +1,14 @@
 """The shapes of plans, records and manifests. Readers check them first, and name a damaged document."""
 
 import math
+import time
 from typing import Any
 
 from pipeline import storage
 from pipeline.storage import DamagedFile
 
 FORMAT = 2
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 # A shape is a type, or a tuple of shapes of which one fits. [shape] is a list, {"*": shape} a dict with any names.
 # A dict of names and shapes is a dict with these names. A name with a question mark may be missing, and other names
 # are allowed. Integers are of 64 bits, numbers are finite, and texts can be encoded.
@@ -17,6 +19,10 @@ _COUNTS = {"*": int}
 
 class RootPath(str):
     """The shape of a text that is a path below the root, "" for none."""
+
+
+class Time(str):
+    """The shape of a time in UTC, such as 2026-01-31T12:00:00Z."""
 
 
 class PathBelow(str):
@@ -49,11 +55,20 @@ _PROGRESS = {"updated": NUMBER, "items": int, "of_items": int, "rows": int, "sam
 _RELEASE = {"manifests": {"*": str}, "content": str, "number": int, "samples": int, "left_out?": int,
             "recall@10": (int, float, type(None)), "base?": (str, type(None)), "change?": _COUNTS, "queries?": [str]}
 _SEALED = _MANIFEST | {
-    "format": int, "info": dict, "run": {"seconds": NUMBER, "sealed": str, "retired?": _RETIRED, "devices?": _COUNTS},
+    "format": int, "info": dict, "run": {"seconds": NUMBER, "sealed": Time, "retired?": _RETIRED, "devices?": _COUNTS},
     "totals": {"items": int, "samples": int, "bytes": int, "skipped": _COUNTS, "noted": _COUNTS}}
 
 
-_PATHS = {RootPath: lambda path: not path or storage.is_path_below(path), PathBelow: storage.is_path_below,
+def _is_time(text: str) -> bool:
+    try:
+        time.strptime(text, TIME_FORMAT)
+    except ValueError:
+        return False
+    return True
+
+
+_TEXTS = {Time: _is_time, PathBelow: storage.is_path_below,
+          RootPath: lambda path: not path or storage.is_path_below(path),
           FileName: lambda name: storage.is_file_name(name) or storage.is_whole_address(name)}
 
 
@@ -161,8 +176,8 @@ def _misfit(value: Any, shape: Any) -> str | None:
 
 
 def _is_of_type(value: Any, kind: Any) -> bool:
-    if kind in _PATHS:
-        return _is_of_type(value, str) and _PATHS[kind](value)
+    if kind in _TEXTS:
+        return _is_of_type(value, str) and _TEXTS[kind](value)
     if not isinstance(value, kind):
         return False
     if kind is int:

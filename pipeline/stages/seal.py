@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.stages import records
-from pipeline.stages.documents import check_manifest, check_plan, check_record, refuse_outside_files
+from pipeline.stages.documents import TIME_FORMAT, check_manifest, check_plan, check_record, refuse_outside_files
 from pipeline.stages.manifest import code_revision, read_manifest, stale_inputs
 from pipeline.stages.plan import claim_of, item_ids, refuse_replaced_plan
 from pipeline.stages.records import content, totals
@@ -123,7 +123,7 @@ def _create_manifest(stage: Stage, manifest: dict[str, Any], data: bytes) -> dic
 
 def _run_facts(done: Sequence[dict[str, Any]], retired: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The facts of a manifest about the run, not the result: date, code, seconds, devices, retired workers."""
-    facts: dict[str, Any] = {"sealed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "code": code_revision(),
+    facts: dict[str, Any] = {"sealed": time.strftime(TIME_FORMAT, time.gmtime()), "code": code_revision(),
                              "seconds": round(records.seconds(done), 3)}
     if any(devices := records.devices(done)):
         facts["devices"] = devices

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.formats import parquet
 
 
 @contextmanager
@@ -18,10 +19,10 @@ def open_parquet(address: str) -> Iterator[pq.ParquetFile]:
         with storage.open_reader(address) as stream:
             try:
                 # Buffered, or a row group would be read whole however small the batches are.
-                file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
+                file = parquet.open_file(stream, buffer_size=1 << 20, pre_buffer=False)
                 if dictionaries := _dictionary_columns(file):
-                    file = pq.ParquetFile(stream, metadata=file.metadata, buffer_size=1 << 20, pre_buffer=False,
-                                          read_dictionary=dictionaries)
+                    file = parquet.open_file(stream, metadata=file.metadata, buffer_size=1 << 20, pre_buffer=False,
+                                             read_dictionary=dictionaries)
                 yield file
             except OSError as error:
                 if error.errno is not None or isinstance(error, storage.StorageError):

@@ -185,7 +185,7 @@ def formats() -> dict[str, Format]:
         "zst": Format("list.csv.zst",
                       (pa.compress(_CSV, "zstd", asbytes=True),), ("text_list",), (b"", b"\x28\xb5\x2f\xfd")),
         "parquet": Format("list.parquet", (table, pictures), ("list_source", "filtered_list"),
-                          (table.replace(b"a/1.jpg", b"a\xc01.jpg"),
+                          (table.replace(b"a/1.jpg", b"a\xc01.jpg"), table.replace(b"width", b"widt\xe2"),
                            b"", b"PAR1", b"PAR1" * 3, *(table[:end] for end in range(0, len(table), 23)),
                            *(table[:-8] + struct.pack("<I", length) + b"PAR1" for length in (0, 1, 10**6, 2**32 - 1)))),
         "captions_csv": Format("captions.csv", (b"file,caption\na.png,one\n",), ("captions",), (
@@ -210,7 +210,7 @@ def formats() -> dict[str, Format]:
             _npy_header("[" * 5000), _npy_header("__import__('os').abort()"), _npy_header("{" * 200),
             _npy_header("(" * 3000 + "1" + ")" * 3000)), ("good.parquet",)),
         "keys": Format("keys.parquet", (keys,), ("embedding_metadata",), (
-            keys.replace(b"000001", b"0\xd80001"),
+            keys.replace(b"000001", b"0\xd80001"), keys.replace(b"image_path", b"image_pat\xe2"),
             b"", b"PAR1", table, _parquet(pa.table({"image_path": [1, 2, 3]})),
             _parquet(pa.table({"image_path": ["a", None, "b"]})), _parquet(pa.table({"image_path": [["a"]] * 3})),
             _parquet(pa.table({"image_path": ["é\u0000", "", "."]}))), ("good.npy",)),
@@ -250,7 +250,9 @@ def formats() -> dict[str, Format]:
         "plan": Format("some-plan.json", (json.dumps(_PLAN).encode(),), ("plan",), (*_JSON_DAMAGE, *_variants(_PLAN)),
                        _GOOD),
         "manifest": Format("some-manifest.json", (json.dumps(_MANIFEST).encode(),), ("manifest",),
-                           (*_JSON_DAMAGE, *_variants(_MANIFEST)), _GOOD),
+                           (*_JSON_DAMAGE, *_variants(_MANIFEST),
+                            *(json.dumps(_MANIFEST).replace("00:00:00Z", end).encode() for end in ("00:00:0#", "24Z"))),
+                           _GOOD),
         "progress": Format("some-progress.json", (json.dumps(_PROGRESS).encode(),), ("progress",),
                            (*_JSON_DAMAGE, *_variants(_PROGRESS)), _GOOD),
         **{name: Format(f"some-{name}.json", (json.dumps(document).encode(),), (name,),
