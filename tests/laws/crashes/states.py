@@ -57,8 +57,8 @@ def _read_files(root: str, folder: Path) -> dict[str, bytes]:
     found = file_system.find(path)
     files = {f"root{name.removeprefix(path)}": data for name, data in file_system.cat(found).items()} if found else {}
     files |= {f"scratch/{left.relative_to(folder / 'scratch')}": b"" for left in (folder / "scratch").rglob("*")}
-    # The name of such a file is a hash of the path of the root and of a dataset, so it is another in each place. A
-    # copied place also has what was seen of the place before.
+    # The name of such a file is a hash that depends on the path of the root, so it differs between places. A copied
+    # place also has what was seen of the place before.
     seen = sorted(file.read_bytes() for file in (folder / "cache" / "seen").glob("*.json"))
     return files | {f"seen/{number}.json": data for number, data in enumerate(seen)}
 
